@@ -1,0 +1,239 @@
+"""Checkpoint folders -> GptOss. Everything is checked before anything is allocated or read."""
+import math
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache, reduce
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from . import hub, shards, tokenizer
+from .config import TINY, Config, read_config
+from .layouts import Piece, pieces, recognise
+from .memory import free_bytes
+from .model import GptOss
+from .shards import CheckpointError, Stored
+
+SMALL = 256 << 20  # bytes; the checksums of larger files are compared by `verify` only
+_is_gain = re.compile(r"(.*\.ln[12]|ln_final)\.weight").fullmatch
+
+
+# ---------------------------------------------------------------------------------------- what a folder holds
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder whose every tensor has the name, shape and dtype that its config.json asks for."""
+
+    folder: Path
+    config: Config
+    layout: str
+    stored: dict[str, Stored]  # by the name in the file
+
+    @property
+    def files(self) -> list[str]:
+        """The names of the files that the model is made of."""
+        weights = sorted({stored.path.name for stored in self.stored.values()})
+        beside = ("config.json", "generation_config.json", shards.INDEX, tokenizer.FILE)
+        return weights + [name for name in beside if (self.folder / name).is_file()]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(stored.n_bytes for stored in self.stored.values())
+
+
+def local(source: str | Path) -> Path | None:
+    """The folder with the weights that `source` names; None where it can only be a name on the hub.
+
+    Raises:
+        FileNotFoundError, CheckpointError: it is neither, or it is a file.
+    """
+    folder = Path(source).expanduser()
+    if folder.is_file():
+        pickle = folder.suffix in shards.PICKLES
+        raise CheckpointError(f"{folder} is a file" + ", a pickle: it can run any program and is never opened" * pickle
+                              + "; give a folder with config.json and *.safetensors")  # fmt: skip
+    if folder.is_dir():
+        return _weights_in(folder)
+    if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
+        return None
+    raise FileNotFoundError(f"{str(source)!r} is no folder here, and no name on the hub such as openai/gpt-oss-20b")
+
+
+def find(source: str | Path) -> Path:
+    """The folder with the weights of `source`, fetched from the hub where it is a name there."""
+    return local(source) or _weights_in(hub.download(str(source)))
+
+
+def _weights_in(folder: Path) -> Path:
+    """The folder itself, or its original/ where only that has weights."""
+    bare = not (any(folder.glob("*.safetensors")) or (folder / shards.INDEX).is_file())
+    return folder / "original" if bare and any(folder.glob("original/*.safetensors")) else folder
+
+
+def examine(folder: Path) -> Checkpoint:
+    """Read a folder's config and the headers of its files, and compare every name, shape and dtype.
+
+    Raises:
+        FileNotFoundError: there is no config.json.
+        ConfigError: it does not describe a gpt-oss model.
+        CheckpointError: files are damaged, or tensors are missing, surplus, misshapen or of a wrong dtype; all of
+            them are listed.
+    """
+    config, stored = read_config(folder), shards.find_tensors(folder)
+    return Checkpoint(folder, config, match(config, stored, str(folder)), stored)
+
+
+def match(config: Config, stored: dict[str, Stored], source: str) -> str:
+    """The layout of these tensors, which must be all that `config` asks for and no other."""
+    layout = recognise(set(stored), config)
+    if layout is None:
+        raise CheckpointError(f"{source} has {len(stored)} tensors, and none has a name of gpt-oss; the first are "
+                              f"{', '.join([*stored][:3])}")  # fmt: skip
+    wanted = {piece.name: piece for piece in pieces(config, layout)}
+    faults = [f"{name} {list(piece.shape)} is missing" for name, piece in wanted.items() if name not in stored]
+    faults += [f"{name} {list(one.shape)} is surplus" for name, one in stored.items() if name not in wanted]
+    for name, piece in wanted.items():
+        if name in stored and stored[name].shape != piece.shape:
+            faults.append(f"{name} has shape {list(stored[name].shape)}, not {list(piece.shape)}")
+        codes = ["U8"] if piece.packed else [code for code in shards.DTYPES if code != "U8"]
+        if name in stored and stored[name].code not in codes:
+            faults.append(f"{name} has dtype {stored[name].code}, not {' or '.join(codes)}")
+    if faults:
+        raise CheckpointError(f"the tensors in {source} ({layout}) are not those of the model in its config.json; one "
+                              "of the two is of another model:\n  " + "\n  ".join(faults))  # fmt: skip
+    return layout
+
+
+# ---------------------------------------------------------------------------------------- loading
+
+
+def load(
+    source: str | Path, *, device=None, dtype: torch.dtype | None = None, max_context: int | None = None
+) -> GptOss:
+    """A model in eval mode, with its `.config` and `.tokenizer`.
+
+    MXFP4 experts stay packed, byte for byte. On the CPU a tensor that needs no change is the file itself, mapped:
+    its pages are read when they are first used, the file must not be rewritten in place meanwhile, and what is
+    written to the tensor does not reach the file. At most one tensor is in memory twice, for a moment.
+
+    Args:
+        source: a folder in any of the three layouts, or one with such a folder original/ in it; a name on the
+            Hugging Face hub, such as "openai/gpt-oss-20b"; or "tiny-random", a small model with seeded weights.
+        device: where the model shall be; None is torch's default device.
+        dtype: of all weights that are not packed, and so of what is computed with packed ones. None: as stored;
+            where dtypes are mixed, the widest of them, and norm gains as they are.
+        max_context: use fewer positions than the model has.
+
+    Raises:
+        FileNotFoundError, ConfigError, CheckpointError: see `local` and `examine`; or a file of at most 256 MiB
+            differs from the folder's SHA256SUMS.
+        ImportError, ConnectionError, OSError: see `hub.download`.
+        MemoryError: the weights do not fit the device, with the bytes needed and free. None has been read then.
+        ValueError: max_context is beyond the model's context, or dtype is no floating one.
+    """
+    device = torch.get_default_device() if device is None else torch.device(device)
+    if dtype is not None and not dtype.is_floating_point:
+        raise ValueError(f"dtype = {dtype}: weights are floating, such as torch.bfloat16")
+    if source == "tiny-random":
+        return tiny_random(_shortened(TINY, max_context)).to(device, dtype)
+    checkpoint = examine(find(source))
+    with torch.device("meta"):
+        model = GptOss(_shortened(checkpoint.config, max_context), packed=checkpoint.layout != "hf-dense")
+    steps = _plan(checkpoint, model, device, dtype)
+    _check_room(checkpoint.folder, steps, device)
+    if faults := shards.checksum_faults(checkpoint.folder, checkpoint.files, largest=SMALL):
+        raise CheckpointError(f"{checkpoint.folder} is not as it was saved:\n  " + "\n  ".join(faults))
+    vocabulary = _vocabulary(checkpoint)
+
+    mapped, state = cache(shards.map_file), {}
+    with shards.progress("loading", checkpoint.n_bytes) as note:
+        for step in steps:
+            if step.as_is:
+                state[step.ours] = step.stored[0].view(mapped(step.stored[0].path))
+            else:
+                state[step.ours] = torch.empty(step.shape, dtype=step.dtype, device=device)
+                for piece, stored in zip(step.parts, step.stored, strict=True):
+                    piece.of(state[step.ours]).copy_(stored.read())
+            note(sum(stored.n_bytes for stored in step.stored))
+    model.load_state_dict(state, assign=True)
+    model.read_tokenizer = vocabulary
+    return model.eval()
+
+
+def _shortened(config: Config, max_context: int | None) -> Config:
+    if max_context is None:
+        return config
+    if not 1 <= max_context <= config.n_ctx:
+        raise ValueError(f"max_context = {max_context}: the model has 1 to {config.n_ctx:,} positions")
+    return config.with_(n_ctx=max_context)
+
+
+@dataclass(frozen=True)
+class _Step:
+    """How one tensor of the model is made."""
+
+    ours: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: list[Piece]
+    stored: list[Stored]
+    as_is: bool  # a part of the mapped file
+
+
+def _plan(checkpoint: Checkpoint, model: GptOss, device: torch.device, dtype: torch.dtype | None) -> list[_Step]:
+    shapes = {ours: tuple(tensor.shape) for ours, tensor in model.state_dict().items()}
+    table = {ours: list(parts) for ours, parts in
+             groupby(pieces(checkpoint.config, checkpoint.layout), lambda piece: piece.ours)}  # fmt: skip
+    stored = {ours: [checkpoint.stored[piece.name] for piece in parts] for ours, parts in table.items()}
+    kept = {ours: reduce(torch.promote_types, (one.dtype for one in several)) for ours, several in stored.items()}
+    numbers = [ours for ours, parts in table.items() if not parts[0].packed]
+    widest = reduce(torch.promote_types, (kept[ours] for ours in numbers if not _is_gain(ours)))
+    for ours in numbers:
+        kept[ours] = dtype or (kept[ours] if _is_gain(ours) else widest)
+
+    def as_is(ours: str) -> bool:
+        first, whole = stored[ours][0], len(table[ours]) == 1 and not table[ours][0].transposed
+        return device.type == "cpu" and whole and first.dtype == kept[ours] and first.aligned
+
+    return [_Step(ours, shapes[ours], kept[ours], table[ours], stored[ours], as_is(ours)) for ours in table]
+
+
+def _check_room(folder: Path, steps: list[_Step], device: torch.device) -> None:
+    need = sum(math.prod(step.shape) * step.dtype.itemsize for step in steps)
+    if device.type == "cpu":  # where what was read is copied from
+        need += max((one.n_bytes for step in steps if not step.as_is for one in step.stored), default=0)
+    free = free_bytes(device)
+    if free is not None and need > free:
+        raise MemoryError(f"{folder} needs {need:,} bytes ({need / 2**30:.2f} GiB) on {device}, where {free:,} bytes "
+                          f"({free / 2**30:.2f} GiB) are free: choose another device, a narrower dtype or a smaller "
+                          "model")  # fmt: skip
+
+
+def _vocabulary(checkpoint: Checkpoint) -> Callable:
+    """What reads the tokenizer at its first use. The folder's own is read at once, so that a bad one is told."""
+    own, d_vocab = tokenizer.load(checkpoint.folder), checkpoint.config.d_vocab
+    if own is not None and own.n_vocab > d_vocab:
+        raise CheckpointError(f"{tokenizer.FILE} has {own.n_vocab} ids and the embedding {d_vocab} rows: they do not "
+                              "belong together")  # fmt: skip
+    return tokenizer.o200k_harmony if own is None and d_vocab == 201_088 else lambda: own
+
+
+@torch.no_grad()
+def tiny_random(config: Config = TINY) -> GptOss:
+    """A model with seeded weights of sensible size: no sink, bias or gain is trivial, its logits vary by 1.5."""
+    model, generator = GptOss(config), torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator, device="cpu")
+        if _is_gain(name):
+            weight.copy_(1 + 0.3 * noise)
+        elif name.endswith("sinks"):
+            weight.copy_(3 + noise)  # draws about a tenth of a head's probability
+        elif name.endswith("bias"):
+            weight.copy_(0.3 * noise)
+        else:
+            weight.copy_(noise if name == "embed.weight" else 1.5 * weight.shape[-1] ** -0.5 * noise)
+    model.read_tokenizer = tokenizer.tiny
+    return model.eval()

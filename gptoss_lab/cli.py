@@ -1,0 +1,189 @@
+"""gptoss-lab: what the package does, from a shell."""
+import argparse
+import datetime
+import sys
+
+DIM, PLAIN = "\033[2m", "\033[0m"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns the exit status: 0, 1 where something was wrong, 130 where it was interrupted."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options) or 0
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader, `head` for one, has seen enough
+        sys.stderr.close()
+        return 0
+    except (ValueError, KeyError, OSError, MemoryError, ImportError, RuntimeError) as error:
+        print(f"gptoss-lab: {error.args[0] if isinstance(error, KeyError) else error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("gptoss-lab", description="Look inside gpt-oss models.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, run, text):
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(run=run)
+        return sub
+
+    def device(sub):
+        sub.add_argument("--device", help="cpu, cuda, ... (default: the first GPU, else cpu)")
+
+    source = dict(help='a checkpoint folder, a hub name such as openai/gpt-oss-20b, or "tiny-random"')
+    sub = command("inspect", _inspect, "print parts, parameters and bytes, without loading weights")
+    sub.add_argument("source", help=source["help"] + '; "gpt-oss-20b" and "gpt-oss-120b" need no files')
+    sub = command("verify", _verify, "check a checkpoint's files against its config and the published ones")
+    sub.add_argument("folder")
+    sub.add_argument("--sha256", action="store_true", help="also read every byte and compare checksums")
+    device(sub)
+    command("hooks", _hooks, "list every hook point")
+    for name, run, text in (
+        ("generate", _generate, "continue a text"),
+        ("chat", _chat, "talk in the Harmony format; Ctrl-C stops an answer, Ctrl-D ends"),
+    ):
+        sub = command(name, run, text)
+        sub.add_argument("source", **source)
+        if name == "generate":
+            sub.add_argument("prompt")
+        sub.add_argument("--max-new-tokens", type=int, default=128 if name == "generate" else 4096, metavar="N")
+        sub.add_argument("--temperature", type=float, default=0.0 if name == "generate" else 1.0, metavar="T",
+                         help="0 takes the likeliest token (default: %(default)s)")  # fmt: skip
+        sub.add_argument("--top-k", type=int, metavar="K")
+        sub.add_argument("--top-p", type=float, metavar="P")
+        sub.add_argument("--seed", type=int)
+        device(sub)
+        if name == "chat":
+            sub.add_argument("--effort", choices=("low", "medium", "high"), default="medium", help="reasoning effort")
+            sub.add_argument("--instructions", metavar="TEXT", help="what a developer message should say")
+    return parser
+
+
+def _inspect(options):
+    from .inspect import inspect
+
+    print(inspect(options.source))
+
+
+def _verify(options):
+    from .verify import verify
+
+    report = verify(options.folder, hashes=options.sha256, device=_device(options))
+    print(report)
+    return 0 if report.ok else 1
+
+
+def _hooks(options):
+    from .hooks import HookPoints
+
+    print(HookPoints(1))
+
+
+def _device(options) -> str:
+    import torch
+
+    return options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _load(options):
+    from .checkpoint import load
+
+    return load(options.source, device=_device(options))
+
+
+def _settings(options) -> dict:
+    return {name: getattr(options, name) for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
+
+
+def _encoding(model):
+    if model.tokenizer is None:
+        raise ValueError("this checkpoint brings no tokenizer, so it cannot read text")
+    return model.tokenizer
+
+
+def _generate(options):
+    from .generate import stream
+
+    model = _load(options)
+    encoding = _encoding(model)
+    print(options.prompt, end="", flush=True)
+    text = _Utf8(encoding)
+    for (token,) in stream(model, options.prompt, **_settings(options)):
+        print(text.add(token), end="", flush=True)
+    print(text.end())
+
+
+class _Utf8:
+    """Token ids -> text, where a character may be spread over several tokens."""
+
+    def __init__(self, encoding):
+        import codecs
+
+        self.encoding, self.decoder = encoding, codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        return self.decoder.decode(self.encoding.decode_single_token_bytes(token))
+
+    def end(self) -> str:
+        return self.decoder.decode(b"", final=True)
+
+
+def _chat(options):
+    from .harmony import DeveloperContent, Message, SystemContent
+
+    model = _load(options)
+    encoding = _encoding(model)
+    system = SystemContent(reasoning_effort=options.effort, current_date=datetime.date.today().isoformat())
+    talk = [Message("system", system)]
+    if options.instructions:
+        talk.append(Message("developer", DeveloperContent(instructions=options.instructions)))
+    while True:
+        try:
+            line = input("\nyou: ")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        if line.strip():
+            asked = [*talk, Message("user", line)]
+            answer = _answer(model, encoding, asked, _settings(options))
+            talk = asked + answer if answer else talk
+
+
+def _answer(model, encoding, talk, settings) -> list:
+    """Print the model's answer while it comes. Returns its messages; none where it was stopped or went astray."""
+    from . import harmony
+    from .generate import stream
+
+    prompt = harmony.render(talk, encoding, drop_analysis="all")
+    settings |= {"max_new_tokens": min(settings["max_new_tokens"], model.config.n_ctx - len(prompt) + 1)}
+    if settings["max_new_tokens"] < 1:
+        print(f"the conversation has {len(prompt)} tokens, the context {model.config.n_ctx}: start a new one")
+        return []
+    parser, ends = harmony.Parser(encoding, role="assistant"), harmony.stop_tokens(encoding)
+    colour = DIM if sys.stdout.isatty() else ""
+    shown = None
+    try:
+        for (token,) in stream(model, [prompt], **settings, stop={*ends, *model.config.stop_tokens}):
+            if token in model.config.stop_tokens and token not in ends:  # <|endoftext|> ends it outside Harmony
+                break
+            delta = parser.feed(token)
+            if parser.role and parser.channel and shown != (len(parser.messages), parser.channel):
+                shown = len(parser.messages), parser.channel
+                to = f" to {parser.recipient}" if parser.recipient else ""
+                print(f"{PLAIN if colour else ''}\n[{parser.channel}{to}] "
+                      f"{colour if parser.channel != 'final' else ''}", end="")  # fmt: skip
+            print(delta, end="", flush=True)
+        print(parser.finish() + (PLAIN if colour else ""))
+    except KeyboardInterrupt:
+        print(f"{PLAIN if colour else ''}\n(stopped; the question is forgotten)")
+        return []
+    except harmony.HarmonyError as error:
+        print(f"{PLAIN if colour else ''}\n(the answer is not Harmony, {error}; the question is forgotten)")
+        return []
+    if parser.messages and parser.messages[-1].recipient:
+        print(f"(it calls {parser.messages[-1].recipient}; no tool is attached here)")
+    return parser.messages

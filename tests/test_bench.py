@@ -1,0 +1,99 @@
+"""The benchmark runs and its statistics are right. Nothing here is timed."""
+import ast
+from pathlib import Path
+
+import pytest
+import torch
+from models import one_thread, random_tokens  # noqa: F401
+
+import gptoss_lab
+from bench import decode, forward, models, timing
+from gptoss_lab.config import TINY
+
+PACKAGE = Path(gptoss_lab.__file__).parent
+
+
+def attributes(source: str | ast.AST) -> set[str]:
+    """Every name that is read as an attribute of something."""
+    tree = ast.parse(source) if isinstance(source, str) else source
+    return {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute)}
+
+
+def test_a_ratio_is_taken_within_each_round():
+    ours, theirs = [1.0, 10.0, 3.0, 40.0, 5.0], [2.0, 40.0, 3.0, 20.0, 4.0]  # 0.5 0.25 1 2 1.25
+    assert timing.spread(timing.ratios(ours, theirs)) == timing.Spread(0.5, 1.0, 1.25)
+    with pytest.raises(ValueError):
+        timing.ratios(ours, theirs[:-1])
+
+
+def test_quartiles_lie_between_values():
+    assert timing.spread([4.0, 1.0, 2.0, 3.0]) == timing.Spread(1.75, 2.5, 3.25)
+
+
+def test_every_run_is_called_once_a_round_in_changing_order():
+    seen = []
+    times = timing.interleave({name: lambda name=name: seen.append(name) for name in "abc"}, rounds=20, warm_up=2)
+    rounds = [tuple(seen[i : i + 3]) for i in range(0, len(seen), 3)]
+    assert len(rounds) == 22 and all(sorted(one) == ["a", "b", "c"] for one in rounds)
+    assert len(set(rounds)) > 1
+    assert all(len(each.cpu) == len(each.wall) == 20 for each in times.values())
+
+
+def test_a_bound_is_reached_up_to_its_value():
+    at_most, at_least = timing.Goal("a", "b", at_most=0.5), timing.Goal("a", "b", at_least=2.0)
+    assert at_most.verdict(0.5).endswith("reached") and at_most.verdict(0.51).endswith("MISSED")
+    assert at_least.verdict(2.0).endswith("reached") and at_least.verdict(1.99).endswith("MISSED")
+    assert timing.Goal("a", "b").verdict(1.0) == ""
+
+
+def test_every_file_that_names_a_hook_point_loses_its_hooks_for_the_comparison():
+    mechanism = {"hook", "heard", "listeners"}
+    hooked = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")
+              if path.name != "hooks.py" and mechanism & attributes(path.read_text())}  # fmt: skip
+    assert hooked == set(models.HOOKED_FILES)
+    for file in hooked:
+        bare = models.without_hook_calls((PACKAGE / f"{file}.py").read_text())
+        assert not (mechanism | {"begin"}) & attributes(bare)
+
+
+def test_the_model_without_hooks_gives_the_same_logits_and_hears_nobody():
+    ours = models.ours(TINY)
+    bare, tokens = models.without_hooks(ours), random_tokens(TINY, 2, 40)
+    silent = []
+    with torch.no_grad():
+        torch.testing.assert_close(bare(tokens), ours(tokens), rtol=0, atol=0)
+        for model in (ours, bare):
+            with gptoss_lab.record(model, "*.hook_resid_post") as acts:
+                model(tokens)
+            silent.append(len(acts) == 0)
+    assert silent == [False, True]
+    assert type(ours) is gptoss_lab.GptOss and bare.embed.weight.data_ptr() == ours.embed.weight.data_ptr()
+
+
+def test_the_products_alone_end_in_the_logits():
+    ours, tokens = models.ours(TINY), random_tokens(TINY, 1, 20)
+    with torch.no_grad(), forward.Products() as products:
+        logits = ours(tokens)
+    assert len(products.given) > 4 * TINY.n_layers
+    torch.testing.assert_close(products.again(), logits, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("part", [forward, decode])
+def test_a_part_runs_beside_hugging_face_and_prints_its_goals(part, capsys, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr(forward, "SIZES", {(1, 8): 0.5})
+    monkeypatch.setattr(decode, "NEW", 3)
+    ours = models.ours(TINY)
+    part.main(ours, {"transformers": models.hugging_face(ours)}, rounds=2)
+    printed = capsys.readouterr().out
+    assert "2 rounds, load" in printed or "20 rounds, load" in printed
+    assert printed.count("at most") + printed.count("at least") == {forward: 4, decode: 1}[part]
+
+
+def test_a_run_with_other_logits_is_not_timed(monkeypatch):
+    monkeypatch.setattr(forward, "SIZES", {(1, 8): 0.5})
+    ours = models.ours(TINY)
+    other = models.ours(TINY, seed=1)
+    monkeypatch.setattr(models, "without_hooks", lambda model: other)
+    with pytest.raises(AssertionError, match="ours, hooks deleted"):
+        forward.main(ours, {}, rounds=2)
