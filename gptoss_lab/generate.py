@@ -54,6 +54,7 @@ def stream(
     ids = _as_ids(model, prompts)
     _check(inner, ids, max_new_tokens, temperature, top_k, top_p, prefill_chunk, cache)
     tokens, mask = _left_padded(ids, inner.device)
+    closed = model is inner and cache is None  # no tensor leaves the loop
     cache = KVCache(inner.config, capacity=tokens.shape[1] + max_new_tokens) if cache is None else cache
     stops = set(inner.config.stop_tokens if stop is None else stop)
     generator = torch.Generator(inner.device)
@@ -61,10 +62,11 @@ def stream(
 
     alive = [True] * len(ids)
     for _ in range(max_new_tokens):
-        for start in range(0, tokens.shape[1], prefill_chunk):
-            chunk = slice(start, start + prefill_chunk)
-            logits = model(tokens[:, chunk], mask[:, chunk], cache=cache, logits_to_keep=1)
-        drawn = sample(logits[:, -1], temperature, top_k, top_p, generator)
+        with torch.inference_mode(closed and not inner.listened_to):  # quicker; its tensors would be no use to others
+            for start in range(0, tokens.shape[1], prefill_chunk):
+                chunk = slice(start, start + prefill_chunk)
+                logits = model(tokens[:, chunk], mask[:, chunk], cache=cache, logits_to_keep=1)
+            drawn = sample(logits[:, -1], temperature, top_k, top_p, generator)
         step = [token if going else None for token, going in zip(drawn.tolist(), alive)]
         yield step
         alive = [token is not None and token not in stops for token in step]

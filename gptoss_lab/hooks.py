@@ -510,6 +510,11 @@ class HookedModel(Hooked):
     recordings: tuple[Activations, ...] = ()
     hook_points: HookPoints
 
+    @property
+    def listened_to(self) -> bool:
+        """Is anyone listening to any value, here or through PyTorch's own hooks?"""
+        return any(m._forward_hooks or m._forward_pre_hooks or getattr(m, "listeners", None) for m in self.modules())
+
     def begin(self, cache_id, start: int, batch: int, pos: int, stop_at_layer: int | None) -> None:
         """Before a forward pass: whatever was asked for must be reached, and must fit."""
         if stop_at_layer is not None:

@@ -81,7 +81,7 @@ class KVCache:
 
     def _append(self, buffer: Tensor, new: Tensor) -> Tensor:
         need = self.length + new.shape[1]
-        if buffer.shape[1] < need:
+        if buffer.shape[1] < need or buffer.is_inference() != torch.is_inference_mode_enabled():
             room = max(need, self.capacity, 2 * self.length)
             larger = new.new_empty(new.shape[0], room, *new.shape[2:])
             larger[:, : self.length] = buffer[:, : self.length]

@@ -53,21 +53,21 @@ class Attention(Hooked):
     def __init__(self, config: Config, layer: int):
         super().__init__()
         self.config, self.layer, self.window = config, layer, config.window(layer)
-        self.widths = [n * config.d_head for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
-        self.qkv = nn.Linear(config.d_model, sum(self.widths))
+        self.heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads]
+        self.qkv = nn.Linear(config.d_model, sum(self.heads) * config.d_head)
         self.sinks = nn.Parameter(torch.zeros(config.n_heads))
         self.out = nn.Linear(config.n_heads * config.d_head, config.d_model)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor, cache: KVCache | None) -> Tensor:
-        q, k, v = self.qkv(x).split(self.widths, dim=-1)
-        q = self.hook("q", rearrange(q, "b s (H h) -> b s H h", h=self.config.d_head))
-        k = self.hook("k", rearrange(k, "b s (K h) -> b s K h", h=self.config.d_head))
-        v = self.hook("v", rearrange(v, "b s (K h) -> b s K h", h=self.config.d_head))
+        if not self.listeners and fast.next_token_serves(x, cache):
+            return fast.next_token(self, x, cos, sin, visible, cache)
+        q, k, v = self.qkv(x).unflatten(-1, (-1, self.config.d_head)).split(self.heads, dim=-2)
+        q, k, v = self.hook("q", q), self.hook("k", k), self.hook("v", v)  # [b s H h], [b s K h], [b s K h]
         q = self.hook("rot_q", rotate(q, cos, sin))
         k = self.hook("rot_k", rotate(k, cos, sin))
         if cache is not None:
             k, v = cache.extend(self.layer, k, v)
-        sinks = self.hook("sink_scores", repeat(self.sinks, "H -> b H s", b=x.shape[0], s=x.shape[1]))
+        sinks = self.hook("sink_scores", self.sinks[:, None].expand(len(x), -1, x.shape[1]))  # [b H s]
 
         heard = self.heard("attn_scores", "pattern")
         if not heard and fast.attention_serves(q, k):
@@ -81,7 +81,7 @@ class Attention(Hooked):
             per_head = rearrange(self.out.weight, "d (H h) -> H h d", H=self.config.n_heads)
             result = self.hook("result", einsum(z, per_head, "b s H h, H h d -> b s H d"))
             return result.sum(dim=2) + self.out.bias
-        return self.out(rearrange(z, "b s H h -> b s (H h)"))
+        return self.out(z.flatten(2))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Tensor, dropped: int):
         """q [b s H h], k and v [b t K h], sinks [b H s], visible [b 1 s t] -> z [b s H h], sink_mass [b H s]
@@ -211,7 +211,7 @@ class Unembed(Hooked):
         self.weight = nn.Parameter(torch.zeros(d_vocab, d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.hook("out", F.linear(x, self.weight))
+        return self.hook("out", fast.product(x, self.weight))
 
 
 class GptOss(HookedModel):
@@ -306,7 +306,7 @@ def _check(model: GptOss, tokens: Tensor, mask, cache: KVCache | None, stop: int
     if mask is not None and mask.shape != tokens.shape:
         raise ValueError(f"attention_mask has shape {tuple(mask.shape)}, tokens {tuple(tokens.shape)}: it marks the "
                          "new tokens only, 1 for a token and 0 for padding")  # fmt: skip
-    if mask is not None and not ((mask == 0) | (mask == 1)).all():
+    if mask is not None and mask.dtype != torch.bool and not ((mask == 0) | (mask == 1)).all():
         raise ValueError(f"attention_mask must hold 0 and 1, got values from {mask.min()} to {mask.max()}")
     if mask is None and c.pad_token is not None and (tokens == c.pad_token).any():
         raise ValueError(f"tokens hold the pad id {c.pad_token} and there is no attention_mask: pass one with 0 where "

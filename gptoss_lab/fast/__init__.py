@@ -1,7 +1,62 @@
 """The same numbers sooner. The model comes here only where nobody listens to a value that is not made here."""
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..rope import rotate
+
+# ------------------------------------------------------------------------------------------ products
+
+
+def product_is_turned(n: int, d_in: int, d_out: int, x: Tensor) -> bool:
+    """Measured with MKL on an AMD EPYC: up to 8 rows and a small weight, not in bfloat16. Else F.linear is quicker."""
+    small = n <= 8 and d_in * d_out <= 2**18
+    return small and x.device.type == "cpu" and x.dtype in (torch.float32, torch.float64)
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """F.linear, for few rows as weight @ x.T instead of x @ weight.T, in half the time.   [.. in] -> [.. out]"""
+    n = x.shape[:-1].numel()
+    if not product_is_turned(n, x.shape[-1], weight.shape[0], x):
+        return F.linear(x, weight, bias)
+    columns = x.reshape(n, -1)
+    columns = (torch.cat([columns, columns]) if n == 1 else columns).t()  # two columns are quicker than one
+    y = torch.mm(weight, columns) if bias is None else torch.addmm(bias.unsqueeze(-1), weight, columns)
+    return y.t()[:n].view(*x.shape[:-1], -1)
+
+
+def linear(layer: nn.Module, x: Tensor) -> Tensor:
+    """layer(x), by `product` if it is as the model made it: neither replaced nor with PyTorch hooks on it."""
+    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
+        return layer(x)
+    return product(x, layer.weight, layer.bias)
+
+
+def by_hand(x: Tensor) -> bool:
+    """May a forward pass look at values? Neither gradients nor a compiler are to follow it."""
+    return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
+# ------------------------------------------------------------------------------------------ attention
+
+
+def next_token_serves(x: Tensor, cache) -> bool:
+    """One token after those in a cache."""
+    return cache is not None and x.shape[:2] == (1, 1) and by_hand(x)
+
+
+def next_token(attn, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor, cache) -> Tensor:
+    """All of attention for one token, in few operations: query heads (K g) are the rows of key head K's product."""
+    n_heads, n_kv_heads, h = attn.config.n_heads, attn.config.n_kv_heads, attn.config.d_head
+    qkv = linear(attn.qkv, x).view(1, 1, -1, h)
+    qk, v = qkv.split_with_sizes([n_heads + n_kv_heads, n_kv_heads], 2)
+    q, k = rotate(qk, cos, sin).split_with_sizes([n_heads, n_kv_heads], 2)
+    k, v = cache.extend(attn.layer, k, v)
+    q = q.view(n_kv_heads, -1, h) * h**-0.5
+    scores = torch.bmm(q, k[0].permute(1, 2, 0)).masked_fill_(~visible[0], -torch.inf)
+    probability = torch.cat([scores, attn.sinks.view(n_kv_heads, -1, 1)], dim=-1).softmax(dim=-1)
+    z = torch.bmm(probability[..., :-1], v[0].transpose(0, 1))
+    return linear(attn.out, z.view(1, 1, -1))
 
 
 def attention_serves(q: Tensor, k: Tensor) -> bool:
@@ -16,27 +71,61 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Tensor) -
     A softmax over [scores, sink] is the softmax over the scores times sigmoid(lse - sink), lse being the log of the
     sum of exp(scores), which flash kernels return; sigmoid(sink - lse) is the sink's mass.
     """
-    groups = q.shape[2] // k.shape[2]
-    k, v = (x.transpose(1, 2).repeat_interleave(groups, dim=1) for x in (k, v))
+    b, s, n_heads, _ = q.shape
+    groups = n_heads // k.shape[2]
+    # The kernel wants a key head for each query head: a key head and its queries become a sequence of their own.
+    q = q.unflatten(2, (-1, groups)).permute(0, 2, 3, 1, 4).flatten(0, 1)
+    k, v = (x.transpose(1, 2).flatten(0, 1).unsqueeze(1).expand(-1, groups, -1, -1) for x in (k, v))
     mask = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
-    z, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q.transpose(1, 2), k, v, attn_mask=mask)
+    if len(mask) > 1:
+        mask = mask.repeat_interleave(len(q) // b, dim=0)
+    z, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
+    z, lse = z.reshape(b, n_heads, s, -1), lse.reshape(b, n_heads, s)
     keep = torch.sigmoid(lse - sinks).unsqueeze(-1).to(z.dtype)
     return (z * keep).transpose(1, 2), torch.sigmoid(sinks - lse).to(z.dtype)
 
 
+# ------------------------------------------------------------------------------------------ experts
+
+
 def mix(moe, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
-    """The chosen experts one after the other, each over the tokens that chose it.   [b s d] -> [b s d]"""
+    """The chosen experts, each over the tokens that chose it.   x [b s d], indices and weights [b s k] -> [b s d]"""
     tokens, experts = x.flatten(0, 1), indices.flatten()
+    d_out, d_in = moe.gate_up.bias.shape[1], tokens.shape[1]
+    if tokens.shape[0] == 1 and by_hand(x) and product_is_turned(1, d_in, d_out, x):
+        return mix_one_token(moe, tokens, experts, weights.flatten(0, 1)).view_as(x)
     order = experts.argsort()
     rows, counts = order // indices.shape[-1], experts.bincount(minlength=moe.config.n_experts).tolist()
-    limit, alpha = moe.config.swiglu_limit, moe.config.swiglu_alpha
+    used = [(expert, chosen) for expert, chosen in enumerate(tokens[rows].split(counts)) if len(chosen)]
     parts = []
-    for expert, chosen in enumerate(tokens[rows].split(counts)):
-        if len(chosen):
-            h = F.linear(chosen, moe.gate_up.matrix(expert), moe.gate_up.bias[expert])
-            gate, linear = h.unflatten(-1, (-1, 2)).unbind(-1)  # rows alternate: gate 0, linear 0, gate 1, ...
-            gate, linear = gate.clamp(max=limit), linear.clamp(-limit, limit)
-            post = gate * torch.sigmoid(alpha * gate) * (linear + 1)
-            parts.append(F.linear(post, moe.down.matrix(expert), moe.down.bias[expert]))
-    y = torch.cat(parts) * weights.flatten()[order].unsqueeze(-1)
+    # Few rows: fewer operations over all of them. Many: one expert after the other, each while it is in the cache.
+    for group in [used] if len(rows) <= 256 else [[one] for one in used]:
+        h = _join([product(part, moe.gate_up.matrix(expert), moe.gate_up.bias[expert]) for expert, part in group])
+        post = swiglu(h, moe.config).split([len(part) for _, part in group])
+        parts += [product(part, moe.down.matrix(e), moe.down.bias[e]) for (e, _), part in zip(group, post)]
+    y = _join(parts) * weights.flatten()[order].unsqueeze(-1)
     return torch.zeros_like(tokens).index_add_(0, rows, y).view_as(x)
+
+
+def mix_one_token(moe, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
+    """Nothing to sort; products of two columns, as above.   x [1 d], experts [k], weights [1 k] -> [1 d]"""
+    chosen = experts.tolist()
+    pair = torch.cat([x, x]).t()
+    h = torch.stack([torch.mm(moe.gate_up.matrix(expert), pair) for expert in chosen]).select(-1, 0)
+    post = swiglu(h + moe.gate_up.bias[experts], moe.config)
+    pairs = post.unsqueeze(1).expand(-1, 2, -1).contiguous().mT.unbind()
+    y = torch.stack([torch.mm(moe.down.matrix(expert), pair) for expert, pair in zip(chosen, pairs)]).select(-1, 0)
+    return torch.mm(weights, y + moe.down.bias[experts])
+
+
+def swiglu(h: Tensor, config) -> Tensor:
+    """gate * sigmoid(alpha * gate) * (linear + 1), clamped.   [n 2f] -> [n f]"""
+    limit = config.swiglu_limit
+    gate, linear = h.view(h.shape[0], -1, 2).unbind(-1)  # rows alternate: gate 0, linear 0, gate 1, ...
+    gate, linear = gate.clamp(max=limit), linear.clamp(-limit, limit)
+    post = (config.swiglu_alpha * gate).sigmoid_() * gate
+    return torch.addcmul(post, post, linear)
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
