@@ -46,21 +46,21 @@ def runs(ours: nn.Module, peers: dict[str, nn.Module], tokens: Tensor) -> dict:
 
 
 class Products(TorchFunctionMode):
-    """Notes what every linear layer inside the block is given."""
+    """Notes every product with a weight inside the `with` block."""
 
     def __init__(self):
         super().__init__()
         self.given = []
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        if function is F.linear:
-            self.given.append(args)
+        if function in (F.linear, torch.mm, torch.addmm):
+            self.given.append((function, args))
         return function(*args, **(kwargs or {}))
 
     def again(self) -> Tensor:
         """Every product once more, nothing between them. Returns the last: the logits."""
-        for x, *weights in self.given:
-            y = F.linear(x, *weights)
+        for function, args in self.given:
+            y = function(*args)
         return y
 
 

@@ -62,7 +62,8 @@ def stream(
 
     alive = [True] * len(ids)
     for _ in range(max_new_tokens):
-        with torch.inference_mode(closed and not inner.listened_to):  # quicker; its tensors would be no use to others
+        # Inference mode is quicker; whoever gets its tensors could not put them into a graph of their own.
+        with torch.inference_mode() if closed and not inner.listened_to else torch.no_grad():
             for start in range(0, tokens.shape[1], prefill_chunk):
                 chunk = slice(start, start + prefill_chunk)
                 logits = model(tokens[:, chunk], mask[:, chunk], cache=cache, logits_to_keep=1)
