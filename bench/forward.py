@@ -61,7 +61,7 @@ class Products(TorchFunctionMode):
         """Every product once more, nothing between them. Returns the last: the logits."""
         for function, args in self.given:
             y = function(*args)
-        return y
+        return y if y.dim() == 3 else y.t()[None]  # few rows are columns
 
 
 def traced(wrapped, tokens: Tensor, layers) -> Tensor:
