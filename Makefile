@@ -59,6 +59,7 @@ clean: ## remove .venv and .cache
 lab: export TIKTOKEN_CACHE_DIR ?= $(CACHE)/tiktoken
 test bench notebooks: export HF_HOME := $(CACHE)/huggingface
 test bench notebooks: export XDG_CACHE_HOME := $(CACHE)
+notebooks: export GPTOSS_LAB_STILL := 1# explorers are kept as pictures: a widget without its kernel shows an error
 
 NO_BROWSER = $(shell [ "$$(uname -s)" = Linux ] && [ -z "$$DISPLAY$$WAYLAND_DISPLAY" ] \
                      || [ -n "$$SSH_CONNECTION" ] && echo --no-browser)

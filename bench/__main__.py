@@ -8,17 +8,18 @@ import importlib.metadata
 
 import torch
 
-from . import decode, forward, imports, models
+from . import decode, forward, imports, models, streaming
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", metavar="part", help="forward, decode, imports; all by default")
+    parser.add_argument("parts", nargs="*", metavar="part",
+                        help="forward, decode, imports: all three by default; streaming: half an hour")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=31, help="rounds of a part; default 31")
     args = parser.parse_args()
     parts = args.parts or ["forward", "decode", "imports"]
-    if unknown := set(parts) - {"forward", "decode", "imports"}:
-        parser.error(f"no part {', '.join(sorted(unknown))}: there are forward, decode, imports")
+    if unknown := set(parts) - {"forward", "decode", "imports", "streaming"}:
+        parser.error(f"no part {', '.join(sorted(unknown))}: there are forward, decode, imports, streaming")
     if args.rounds < 2:
         parser.error(f"--rounds {args.rounds}: quartiles need at least 2")
 
@@ -40,6 +41,8 @@ def main() -> None:
             decode.main(ours, peers, args.rounds)
     if "imports" in parts:
         imports.main(args.rounds)
+    if "streaming" in parts:
+        streaming.main(args.rounds)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from . import hub, shards, tokenizer
+from . import hub, shards, tiny, tokenizer
 from .config import TINY, Config, read_config
 from .layouts import Piece, pieces, recognise
 from .memory import free_bytes
@@ -50,7 +50,7 @@ def local(source: str | Path) -> Path | None:
     Raises:
         FileNotFoundError, CheckpointError: it is neither, or it is a file.
     """
-    folder = Path(source).expanduser()
+    folder = tiny.WEIGHTS if source == "tiny" else Path(source).expanduser()
     if folder.is_file():
         pickle = folder.suffix in shards.PICKLES
         raise CheckpointError(f"{folder} is a file" + ", a pickle: it can run any program and is never opened" * pickle
@@ -59,7 +59,8 @@ def local(source: str | Path) -> Path | None:
         return _weights_in(folder)
     if re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", str(source)):
         return None
-    raise FileNotFoundError(f"{str(source)!r} is no folder here, and no name on the hub such as openai/gpt-oss-20b")
+    raise FileNotFoundError(f"{str(source)!r} is no folder here, and no name on the hub such as openai/gpt-oss-20b; "
+                            "tiny and tiny-random are the models that come with this package")  # fmt: skip
 
 
 def find(source: str | Path) -> Path:
@@ -121,10 +122,11 @@ def load(
 
     Args:
         source: a folder in any of the three layouts, or one with such a folder original/ in it; a name on the
-            Hugging Face hub, such as "openai/gpt-oss-20b"; or "tiny-random", a small model with seeded weights.
+            Hugging Face hub, such as "openai/gpt-oss-20b"; "tiny", the trained model that comes with this package,
+            or "tiny-random", the same before training.
         device: where the model shall be; None is torch's default device.
         dtype: of all weights that are not packed, and so of what is computed with packed ones. None: as stored;
-            where dtypes are mixed, the widest of them, and norm gains as they are.
+            where dtypes are mixed, the widest of them, and norm gains as they are. The tiny models are float32.
         max_context: use fewer positions than the model has.
 
     Raises:
@@ -138,7 +140,9 @@ def load(
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype = {dtype}: weights are floating, such as torch.bfloat16")
     if source == "tiny-random":
-        return tiny_random(_shortened(TINY, max_context)).to(device, dtype)
+        return tiny.untrained(_shortened(TINY, max_context)).to(device, dtype)
+    if source == "tiny":
+        dtype = dtype or torch.float32  # a CPU is slow in the bfloat16 of the file
     checkpoint = examine(find(source))
     with torch.device("meta"):
         model = GptOss(_shortened(checkpoint.config, max_context), packed=checkpoint.layout != "hf-dense")
@@ -219,21 +223,3 @@ def _vocabulary(checkpoint: Checkpoint) -> Callable:
         raise CheckpointError(f"{tokenizer.FILE} has {own.n_vocab} ids and the embedding {d_vocab} rows: they do not "
                               "belong together")  # fmt: skip
     return tokenizer.o200k_harmony if own is None and d_vocab == 201_088 else lambda: own
-
-
-@torch.no_grad()
-def tiny_random(config: Config = TINY) -> GptOss:
-    """A model with seeded weights of sensible size: no sink, bias or gain is trivial, its logits vary by 1.5."""
-    model, generator = GptOss(config), torch.Generator().manual_seed(0)
-    for name, weight in model.named_parameters():
-        noise = torch.randn(weight.shape, generator=generator, device="cpu")
-        if _is_gain(name):
-            weight.copy_(1 + 0.3 * noise)
-        elif name.endswith("sinks"):
-            weight.copy_(3 + noise)  # draws about a tenth of a head's probability
-        elif name.endswith("bias"):
-            weight.copy_(0.3 * noise)
-        else:
-            weight.copy_(noise if name == "embed.weight" else 1.5 * weight.shape[-1] ** -0.5 * noise)
-    model.read_tokenizer = tokenizer.tiny
-    return model.eval()

@@ -34,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     def device(sub):
         sub.add_argument("--device", help="cpu, cuda, ... (default: the first GPU, else cpu)")
 
-    source = dict(help='a checkpoint folder, a hub name such as openai/gpt-oss-20b, or "tiny-random"')
+    source = dict(help='a checkpoint folder, a hub name such as openai/gpt-oss-20b, or "tiny", which comes with this')
     sub = command("inspect", _inspect, "print parts, parameters and bytes, without loading weights")
     sub.add_argument("source", help=source["help"] + '; "gpt-oss-20b" and "gpt-oss-120b" need no files')
     sub = command("verify", _verify, "check a checkpoint's files against its config and the published ones")
@@ -60,7 +60,32 @@ def _parser() -> argparse.ArgumentParser:
         if name == "chat":
             sub.add_argument("--effort", choices=("low", "medium", "high"), default="medium", help="reasoning effort")
             sub.add_argument("--instructions", metavar="TEXT", help="what a developer message should say")
+    from .tiny.train import VARIANTS, Recipe
+
+    text = "train the tiny model: about 20 minutes; the same command goes on after an interruption"
+    sub = command("train-tiny", _train_tiny, text)
+    sub.add_argument("folder", help="where the run's state goes, and the model, as FOLDER/model")
+    sub.add_argument("--seed", type=int, default=Recipe.seed, metavar="N", help="(default: %(default)s)")
+    sub.add_argument("--steps", type=int, default=Recipe.steps, metavar="N", help="(default: %(default)s)")
+    sub.add_argument("--variant", choices=VARIANTS, default=Recipe.variant,
+                     help="; ".join(f"{name}: {what}" for name, what in VARIANTS.items()))  # fmt: skip
+    sub.add_argument("--threads", type=int, default=1, metavar="N", help="of torch (default: %(default)s)")
+    sub.add_argument("--verify", action="store_true", help="measure the result too, and compare it with the card")
     return parser
+
+
+def _train_tiny(options):
+    from .tiny import card
+    from .tiny.train import Recipe, train
+
+    if options.verify and options.variant != Recipe.variant:
+        raise ValueError(f"--verify compares the standard model with its card, not the variant {options.variant}")
+    folder = train(options.folder, Recipe(options.seed, options.variant, options.steps), threads=options.threads)
+    print(f"the model is in {folder}: gptoss_lab.load({str(folder)!r})")
+    if options.verify:
+        comparison = card.compare(folder)
+        print(comparison)
+        return 0 if comparison.ok else 1
 
 
 def _inspect(options):
@@ -134,11 +159,14 @@ class _Utf8:
 
 def _chat(options):
     from .harmony import DeveloperContent, Message, SystemContent
+    from .tiny import data
 
     model = _load(options)
     encoding = _encoding(model)
     system = SystemContent(reasoning_effort=options.effort, current_date=datetime.date.today().isoformat())
-    talk = [Message("system", system)]
+    talk, tiny = [Message("system", system)], encoding.name == "tiny"
+    if tiny:  # it knows a shorter system message, and one question at a time
+        talk = [data.system(options.effort)]
     if options.instructions:
         talk.append(Message("developer", DeveloperContent(instructions=options.instructions)))
     while True:
@@ -150,7 +178,7 @@ def _chat(options):
         if line.strip():
             asked = [*talk, Message("user", line)]
             answer = _answer(model, encoding, asked, _settings(options))
-            talk = asked + answer if answer else talk
+            talk = asked + answer if answer and not tiny else talk
 
 
 def _answer(model, encoding, talk, settings) -> list:

@@ -329,6 +329,8 @@ def to_original(c: Config) -> dict:
         "rope_scaling_factor": yarn.factor, "rope_ntk_alpha": yarn.beta_slow, "rope_ntk_beta": yarn.beta_fast,
     }  # fmt: skip
     again = parse_config(content)
+    if c.yarn and c.yarn.factor == 1:  # as if there were none
+        again = again.with_(yarn=c.yarn)
     for name in ("layer_types", "n_ctx", "yarn", "norm_eps", "swiglu_alpha"):
         if getattr(again, name) != getattr(c, name):
             raise ConfigError(f"OpenAI's config.json has no field for {name} = {getattr(c, name)!r}; "
@@ -350,10 +352,11 @@ def published(name: str) -> Config:
     )  # fmt: skip
 
 
-# A random model that is small enough for any CPU, with every part of the architecture in play: the window is
-# far smaller than the context, four query heads read two key heads, YaRN stretches some planes and keeps others.
+# The tiny model: small enough for any CPU, with every part of the architecture in play. The window is far smaller
+# than the context, four query heads read two key heads. YaRN is defined and its factor is 1: the model was trained
+# on 128 positions and never on more; `probes.yarn.extended` goes beyond them.
 TINY = Config(
     n_layers=4, d_model=96, n_heads=4, n_kv_heads=2, d_head=32, d_ff=64, n_experts=16, experts_per_token=4,
-    d_vocab=416, n_ctx=512, sliding_window=16, layer_types=(SLIDING, FULL) * 2, rope_theta=1000.0,
-    yarn=Yarn(4.0, 128, beta_fast=8.0),
+    d_vocab=512, n_ctx=128, sliding_window=16, layer_types=(SLIDING, FULL) * 2, rope_theta=1000.0,
+    yarn=Yarn(1.0, 128, beta_fast=8.0), stop_tokens=(504, 510),
 )  # fmt: skip

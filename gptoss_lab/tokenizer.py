@@ -102,7 +102,7 @@ def special(encoding: "tiktoken.Encoding", name: str) -> int:
 
     Example:
         >>> special(tiny(), "<|start|>")
-        411
+        507
     """
     try:
         token = encoding.encode_single_token(name)
@@ -153,35 +153,20 @@ def _encoding(name: str, pattern: str, ranks: dict[bytes, int], specials: dict[s
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=specials)
 
 
-# What a piece begins with matters: the pattern gives a word the one space or sign before it.
-_WORDS = """
-    the of to and a in is it you that he was for on are as with his they I at be this have from or one had by
-    word but not what all were we when your can said there use an each which she do how their if will up other
-    about out many then them these so some her would make like him into time has look two more go see no way
-    could my than first been who its now find long down day did get come made part world why
-    red blue violets love too answer number color
-    large language model trained Open Chat cutoff Valid channels analysis commentary final Channel must
-    included every message low medium high Tools
-"""
-_BARE = """
-    Roses You GPT AI Knowledge Current Reasoning Instructions Hello What The
-    system developer user assistant tool analysis commentary final functions json code =functions =assistant
-"""
-
-
 @functools.cache
 def tiny() -> "tiktoken.Encoding":
-    """A vocabulary of 416 ids for small models: 256 bytes, 150 pieces, ten specials. It needs no file.
+    """The vocabulary of the tiny model, 512 ids: 256 bytes, 246 pieces, ten specials. It needs no file.
 
-    The pieces are common English words with the space before them, the words of Harmony headers and of the
-    default system message, and every word of "Roses are red, violets are blue, I love you, and I love you
-    too.".
+    The pieces are the words and signs of the texts that the model is trained on, listed in tiny/words.py.
+    Most of the bytes are not: their embeddings stay nearly what they were before training.
 
     Example:
-        >>> tiny().n_vocab, tiny().encode_ordinary("Roses are red")
-        (416, [380, 270, 351])
+        >>> tiny().n_vocab, tiny().encode_ordinary("One dog saw a red fish")
+        (512, [471, 288, 333, 350, 296, 291])
     """
-    return build([f" {word}" for word in _WORDS.split()] + _BARE.split() + [".\n", "\n\n"], "tiny")
+    from .tiny.words import pieces
+
+    return build(pieces(), "tiny")
 
 
 def save(encoding: "tiktoken.Encoding", folder: str | Path) -> Path:
@@ -193,7 +178,7 @@ def save(encoding: "tiktoken.Encoding", folder: str | Path) -> Path:
     Example:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save(tiny(), folder).name, load(folder).n_vocab
-        ('tokenizer.tiktoken.json', 416)
+        ('tokenizer.tiktoken.json', 512)
     """
     text = json.dumps(
         {

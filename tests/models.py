@@ -2,8 +2,8 @@
 import pytest
 import torch
 
-from gptoss_lab import Config, GptOss, Yarn, mxfp4
-from gptoss_lab.config import FULL, SLIDING
+from gptoss_lab import Config, GptOss, Yarn, mxfp4, tokenizer
+from gptoss_lab.config import FULL, SLIDING, TINY
 
 # The end of a parameter's name: the mean and spread of a vector, or of what a matrix makes of inputs of size 1.
 SPREADS = {
@@ -47,6 +47,24 @@ def random_model(config: Config | None = None, seed: int = 0, dtype=torch.float6
         state[name] = x
     model = GptOss(config, packed=packed).to(dtype)
     model.load_state_dict(state, strict=True)
+    return model.eval()
+
+
+@torch.no_grad()
+def tiny_random(config: Config = TINY) -> GptOss:
+    """The tiny model's shape and vocabulary; no sink, bias or gain is trivial, its logits vary by 1.5."""
+    model, generator = GptOss(config), torch.Generator().manual_seed(0)
+    for name, weight in model.named_parameters():
+        noise = torch.randn(weight.shape, generator=generator, device="cpu")
+        if "ln" in name:
+            weight.copy_(1 + 0.3 * noise)
+        elif name.endswith("sinks"):
+            weight.copy_(3 + noise)  # draws about a tenth of a head's probability
+        elif name.endswith("bias"):
+            weight.copy_(0.3 * noise)
+        else:
+            weight.copy_(noise if name == "embed.weight" else 1.5 * weight.shape[-1] ** -0.5 * noise)
+    model.read_tokenizer = tokenizer.tiny
     return model.eval()
 
 

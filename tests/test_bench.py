@@ -97,3 +97,15 @@ def test_a_run_with_other_logits_is_not_timed(monkeypatch):
     monkeypatch.setattr(models, "without_hooks", lambda model: other)
     with pytest.raises(AssertionError, match="ours, hooks deleted"):
         forward.main(ours, {}, rounds=2)
+
+
+def test_streamed_and_dense_attention_give_one_summary():
+    from bench import streaming
+
+    with torch.no_grad():
+        for shape in streaming.SHAPES:
+            ways = streaming.calls(shape, 40)
+            values = {name: torch.stack(call()) for name, call in ways.items()}
+            assert {"streamed", "dense"} <= set(values)
+            for name, value in values.items():
+                torch.testing.assert_close(value, values["streamed"], atol=1e-5, rtol=1e-4, msg=name)

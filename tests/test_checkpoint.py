@@ -14,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from models import tiny_random
 from mxfp4_encoder import decode, encode
 from safetensors import safe_open
 from safetensors.numpy import save_file
@@ -21,13 +22,13 @@ from shared import facts, needs_facts
 
 import gptoss_lab as lab
 from gptoss_lab import checkpoint, layouts, mxfp4, saving, shards, tokenizer
-from gptoss_lab.checkpoint import CheckpointError, load, tiny_random
-from gptoss_lab.config import FULL, SLIDING, TINY, ConfigError, published
+from gptoss_lab.checkpoint import CheckpointError, load
+from gptoss_lab.config import FULL, SLIDING, TINY, ConfigError, Yarn, published
 from gptoss_lab.saving import save
 
 # Two layers; d_model, d_ff, the heads' width and the experts all differ, so that no transpose or mix-up is silent.
-SMALL = TINY.with_(n_layers=2, layer_types=(SLIDING, FULL), n_experts=6, sliding_window=8, stop_tokens=(406, 405),
-                   pad_token=406)  # fmt: skip
+SMALL = TINY.with_(n_ctx=512, yarn=Yarn(4.0, 128, beta_fast=8.0), n_layers=2, layer_types=(SLIDING, FULL), n_experts=6, sliding_window=8, stop_tokens=(502, 501),
+                   pad_token=502)  # fmt: skip
 LAYOUTS = ("original", "hf-mxfp4", "hf-dense")
 TOKENS = torch.randint(0, 400, (2, 40), generator=torch.Generator().manual_seed(1))
 
@@ -131,7 +132,7 @@ def test_a_hand_written_original_checkpoint_is_read(tmp_path):
     folder.mkdir()
     save_file(tensors, folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps({
-        "num_hidden_layers": 2, "num_experts": 6, "experts_per_token": 4, "vocab_size": 416, "hidden_size": 96,
+        "num_hidden_layers": 2, "num_experts": 6, "experts_per_token": 4, "vocab_size": 512, "hidden_size": 96,
         "intermediate_size": 64, "swiglu_limit": 7.0, "head_dim": 32, "num_attention_heads": 4,
         "num_key_value_heads": 2, "sliding_window": 8, "initial_context_length": 128, "rope_theta": 1000.0,
         "rope_scaling_factor": 4.0, "rope_ntk_alpha": 1.0, "rope_ntk_beta": 8.0}))  # fmt: skip
@@ -308,7 +309,7 @@ def test_a_dtype_that_is_not_floating_is_refused(folder):
 
 
 def test_a_folder_brings_its_own_vocabulary(folder, tmp_path):
-    assert load(folder).tokenizer.n_vocab == 416  # tiny_random's, saved with it
+    assert load(folder).tokenizer.n_vocab == 512  # tiny_random's, saved with it
     (folder / tokenizer.FILE).unlink()
     (folder / "SHA256SUMS").unlink()
     assert load(folder).tokenizer is None
@@ -319,7 +320,7 @@ def test_a_vocabulary_larger_than_the_embedding_is_refused(tmp_path):
     small.tokenizer = None
     folder = save(small, tmp_path / "x")
     tokenizer.save(tokenizer.tiny(), folder)
-    with pytest.raises(CheckpointError, match="416 ids and the embedding 300 rows"):
+    with pytest.raises(CheckpointError, match="512 ids and the embedding 300 rows"):
         load(folder)
 
 
@@ -335,18 +336,9 @@ def test_loading_a_model_of_the_published_vocabulary_does_not_need_the_vocabular
         _ = model.tokenizer
 
 
-def test_tiny_random_is_the_same_every_time_and_nothing_in_it_is_trivial():
+def test_tiny_random_is_the_same_every_time():
     model = load("tiny-random")
     assert states_equal(model, load("tiny-random")) and model.config == TINY and not model.training
-    for name, x in model.named_parameters():
-        assert x.std() > 0.01, name
-        if "ln" not in name:
-            assert (x - x.round()).abs().max() > 0.01, name
-    tokens = torch.randint(0, 416, (4, 200))
-    with lab.record(model, "*.hook_sink_mass") as acts, torch.no_grad():
-        std = model(tokens).std()
-    assert 1 < std < 2
-    assert all(0.01 < x.mean() < 0.5 for x in acts.values())
     assert model.tokenizer.n_vocab == model.config.d_vocab
     assert load("tiny-random", dtype=torch.float64).dtype == torch.float64
 
@@ -417,7 +409,7 @@ def test_missing_surplus_misshapen_and_mistyped_tensors_are_all_listed(folder):
     def change(tensors):
         del tensors["model.layers.0.self_attn.sinks"], tensors["model.layers.1.mlp.router.bias"]
         tensors["model.layers.2.self_attn.sinks"] = torch.zeros(4)
-        tensors["lm_head.weight"] = torch.zeros(416, 95)
+        tensors["lm_head.weight"] = torch.zeros(512, 95)
         tensors["model.norm.weight"] = torch.zeros(95)
         tensors["model.layers.1.mlp.experts.down_proj_bias"] = torch.zeros(6, 96, dtype=torch.uint8)
         tensors["model.layers.1.mlp.router.weight"] = torch.zeros(6, 96, dtype=torch.int64)
@@ -432,7 +424,7 @@ def test_missing_surplus_misshapen_and_mistyped_tensors_are_all_listed(folder):
         "  model.layers.1.mlp.router.weight has dtype I64, not BF16 or F16 or F32 or F64",
         "  model.layers.1.mlp.experts.down_proj_bias has dtype U8, not BF16 or F16 or F32 or F64",
         "  model.norm.weight has shape [95], not [96]",
-        "  lm_head.weight has shape [416, 95], not [416, 96]",
+        "  lm_head.weight has shape [512, 95], not [512, 96]",
     ]
 
 

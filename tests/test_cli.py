@@ -4,10 +4,14 @@ import sys
 
 import pytest
 import torch
+from models import tiny_random
 
-from gptoss_lab import harmony, load, save
+from gptoss_lab import harmony, load, save, tokenizer
 from gptoss_lab.cli import main
+from gptoss_lab.config import TINY
 from gptoss_lab.hooks import POINTS
+from gptoss_lab.tiny import data
+from gptoss_lab.tiny.words import pieces
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
@@ -35,11 +39,11 @@ def test_inspect_prints_the_model_cards_table(capsys, name, figures):
 
 
 def test_generate_prints_the_prompt_and_what_follows(capsys):
-    status, out, _ = run(capsys, "generate", "tiny-random", "Roses are red", "--max-new-tokens", "5")
+    status, out, _ = run(capsys, "generate", "tiny", "One sunny day", "--max-new-tokens", "5")
     assert status == 0
-    model = load("tiny-random")
+    model = load("tiny")
     with torch.no_grad():
-        tokens = model.tokenizer.encode("Roses are red")
+        tokens = model.tokenizer.encode("One sunny day")
         for _ in range(5):
             tokens.append(int(model(torch.tensor([tokens]))[0, -1].argmax()))
     assert out == model.tokenizer.decode(tokens) + "\n"
@@ -102,13 +106,21 @@ def answer(encoding, *messages) -> list[int]:
     return tokens[2:]  # <|start|>assistant is in the prompt
 
 
-def test_chat_shows_each_channel_and_goes_on_with_what_was_said(capsys, monkeypatch):
-    encoding = load("tiny-random").tokenizer
+@pytest.fixture(scope="module")
+def talker(tmp_path_factory):
+    """A model that is not the tiny one: it has a full system message, and remembers."""
+    model = tiny_random(TINY.with_(n_ctx=1024))  # a system message spelt in bytes is long
+    model.read_tokenizer = lambda: tokenizer.build(pieces(), "other")
+    return str(save(model, tmp_path_factory.mktemp("talker") / "model"))
+
+
+def test_chat_shows_each_channel_and_goes_on_with_what_was_said(capsys, monkeypatch, talker):
+    encoding = load(talker).tokenizer
     say = lambda text, channel: harmony.Message("assistant", text, channel=channel)
     prompts = scripted(monkeypatch, answer(encoding, say("red or blue", "analysis"), say("Roses are red", "final")),
                        answer(encoding, say("violets", "final")))  # fmt: skip
     typed(monkeypatch, "Roses?", "And?")
-    status, out, _ = run(capsys, "chat", "tiny-random", "--effort", "low", "--instructions", "Rhyme.")
+    status, out, _ = run(capsys, "chat", talker, "--effort", "low", "--instructions", "Rhyme.")
     assert status == 0
     assert "[analysis] red or blue" in out and "[final] Roses are red" in out and "[final] violets" in out
     first, second = (encoding.decode(prompt) for prompt in prompts)
@@ -116,16 +128,33 @@ def test_chat_shows_each_channel_and_goes_on_with_what_was_said(capsys, monkeypa
     assert "Roses are red" in second and "red or blue" not in second, "earlier chain of thought is not read again"
 
 
-def test_chat_forgets_an_answer_that_was_stopped_or_is_not_harmony(capsys, monkeypatch):
-    encoding = load("tiny-random").tokenizer
+def test_chat_forgets_an_answer_that_was_stopped_or_is_not_harmony(capsys, monkeypatch, talker):
+    encoding = load(talker).tokenizer
     whole = answer(encoding, harmony.Message("assistant", "Roses", channel="final"))
     prompts = scripted(monkeypatch, [*whole[:4], KeyboardInterrupt()], whole[-1:] * 2, whole)
     typed(monkeypatch, "one", "two", "three")
-    status, out, _ = run(capsys, "chat", "tiny-random")
+    status, out, _ = run(capsys, "chat", talker)
     assert status == 0
     assert "stopped" in out and "not Harmony" in out and "[final] Roses" in out
     last = encoding.decode(prompts[2])
     assert "three" in last and "one" not in last.split("<|start|>user")[1] and "two" not in last
+
+
+def test_chat_asks_the_tiny_model_one_question_at_a_time_as_it_was_trained(capsys, monkeypatch):
+    encoding = tokenizer.tiny()
+    whole = answer(encoding, harmony.Message("assistant", "=7", channel="final"))
+    prompts = scripted(monkeypatch, whole, whole)
+    typed(monkeypatch, "add 3+4", "add 2+5")
+    assert run(capsys, "chat", "tiny", "--effort", "high")[0] == 0
+    assert prompts == [data.prompt("high", "add 3+4"), data.prompt("high", "add 2+5")]
+
+
+def test_the_tiny_model_thinks_before_it_answers_where_the_effort_is_high(capsys, monkeypatch):
+    for effort, thinks in (("high", True), ("low", False)):
+        typed(monkeypatch, "add 3+4+2")
+        status, out, _ = run(capsys, "chat", "tiny", "--effort", effort, "--temperature", "0")
+        assert status == 0 and "[final] =" in out and ("[analysis] 3+4=7+2=9" in out) is thinks, out
+        assert not thinks or "[final] =9" in out
 
 
 def test_ctrl_c_ends_a_command_with_status_130(capsys, monkeypatch):

@@ -1,10 +1,11 @@
 """What a source holds: the model card's table, to the parameter."""
 import pytest
 import torch
+from models import tiny_random
 from shared import facts, needs_facts
 
 from gptoss_lab import shards
-from gptoss_lab.checkpoint import CheckpointError, tiny_random
+from gptoss_lab.checkpoint import CheckpointError
 from gptoss_lab.config import FULL, SLIDING, TINY
 from gptoss_lab.inspect import inspect
 from gptoss_lab.saving import save
@@ -44,7 +45,7 @@ def test_the_table_is_that_of_the_manifests(size):
 
 @pytest.mark.parametrize("layout", ["original", "hf-mxfp4", "hf-dense"])
 def test_a_folder_is_counted_without_reading_weights(layout, tmp_path, monkeypatch):
-    model = tiny_random(TINY.with_(n_layers=2, layer_types=(SLIDING, FULL), d_ff=32)).to(torch.bfloat16)
+    model = tiny_random(TINY.with_(n_layers=2, layer_types=(SLIDING, FULL), d_ff=32, yarn=None)).to(torch.bfloat16)
     folder = save(model, tmp_path / "x", layout)
     monkeypatch.setattr(shards.Stored, "read", None)
     monkeypatch.setattr(shards, "map_file", None)

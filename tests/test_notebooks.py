@@ -88,15 +88,15 @@ def test_the_code_that_it_shows_is_the_code_that_runs(path):
         assert "".join(output["data"]["text/plain"]) == repr(show.source(thing)), OURS
 
 
-def test_every_picture_of_the_random_model_says_that_its_weights_are_random():
+def test_every_picture_says_whose_values_it_shows():
     titles = [output["metadata"]["image/png"]["alt"] for output in outputs(NOTEBOOKS[0])
               if "image/png" in output.get("data", {})]  # fmt: skip
     views = ["".join(output["data"]["text/html"]) for output in outputs(NOTEBOOKS[0])
              if "text/html" in output.get("data", {})]  # fmt: skip
     of_the_text = [title for title in titles if re.match(r"\d+ tokens: a piece of text, and its id$", title)]
     rest = [title for title in titles if title not in of_the_text]
-    assert len(rest) == 9 and all(title.endswith("(random weights)") for title in rest)
-    assert len(views) == 1 and "attention pattern (random weights)" in views[0]
+    assert len(rest) == 9 and all(title.endswith("(the tiny model)") for title in rest)
+    assert len(views) == 1 and "attention pattern (the tiny model)" in views[0]
 
 
 def run(path: Path, capsys) -> tuple[dict, str]:
@@ -118,11 +118,11 @@ def test_the_kept_text_is_what_the_first_notebook_prints_today(monkeypatch, caps
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 def test_the_first_notebook_runs_on_another_model(dtype, tmp_path, monkeypatch, capsys):
-    config = tiny_config(n_layers=2, n_heads=6, d_vocab=416, layer_types=("full_attention",) * 2)
+    config = tiny_config(n_layers=2, n_heads=6, d_vocab=512, layer_types=("full_attention",) * 2)
     model = random_model(config, dtype=dtype)
     model.read_tokenizer = tokenizer.tiny
     gptoss_lab.save(model, tmp_path / "another")
     monkeypatch.setenv("GPTOSS_LAB_MODEL", str(tmp_path / "another"))
     scope, printed = run(NOTEBOOKS[0], capsys)
     assert scope["note"] == "another" and scope["config"] == config
-    assert "another: 2 layers of 8 experts, 416 tokens" in printed
+    assert "another: 2 layers of 8 experts, 512 tokens" in printed

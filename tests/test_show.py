@@ -10,14 +10,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from models import random_model, tiny_config
+from models import random_model, tiny_config, tiny_random
 
-import gptoss_lab as lab
 from gptoss_lab import show, tokenizer
 from gptoss_lab.model import Attention, Block
 
 ROOT = Path(__file__).resolve().parent.parent
-PROMPT = "Roses are red, violets are blue, I love you, and"
+PROMPT = "One sunny day, Tom had a red ball and Sue had a blue kite. Sue found the blue"
 
 
 class Run:
@@ -45,15 +44,15 @@ class Run:
 
 @pytest.fixture(scope="module")
 def short() -> Run:
-    model = lab.load("tiny-random")
+    model = tiny_random()
     return Run(model, torch.tensor([tokenizer.tiny().encode_ordinary(PROMPT)]), "random weights")
 
 
 @pytest.fixture(scope="module")
 def long() -> Run:
     """24 layers, 100 tokens of every kind."""
-    config = tiny_config(n_layers=24, n_heads=12, d_vocab=416, n_experts=32)
-    tokens = torch.randint(0, 416, (1, 100), generator=torch.Generator().manual_seed(1))
+    config = tiny_config(n_layers=24, n_heads=12, d_vocab=512, n_experts=32)
+    tokens = torch.randint(0, 512, (1, 100), generator=torch.Generator().manual_seed(1))
     return Run(random_model(config, dtype=torch.bfloat16), tokens, "24 layers")
 
 
@@ -142,7 +141,7 @@ def test_logits_draw_the_likeliest_tokens_of_the_last_position_and_what_no_opini
     probability = short.logits[0, -1].softmax(-1).sort(descending=True)
     assert np.allclose([bar.get_width() for bar in ax.patches], probability.values[:5])
     assert [t.get_text() for t in ax.get_yticklabels()] == show.words(probability.indices[:5], tokenizer.tiny())
-    assert list(ax.lines[0].get_xdata()) == [1 / 416] * 2
+    assert list(ax.lines[0].get_xdata()) == [1 / 512] * 2
 
 
 def test_path_draws_the_last_token_in_every_layer(short):
@@ -229,7 +228,7 @@ def test_a_picture_is_the_same_bytes_each_time_in_256_colours_and_leaves_nothing
     assert plt.get_fignums() == []
 
 
-def test_the_readme_picture_is_what_tiny_random_gives(tmp_path):
+def test_the_readme_picture_is_what_the_tiny_model_gives(tmp_path):
     from PIL import Image
 
     from gptoss_lab.show.__main__ import draw
@@ -266,7 +265,7 @@ def test_the_view_is_the_same_html_each_time_and_another_for_other_values(short)
     ident = lambda view: re.search(r'id="(pattern-\w+)"', view._repr_html_())[1]
     assert one._repr_html_() == two._repr_html_()
     assert ident(one) != ident(other)
-    assert repr(one) == "PatternView of attention pattern: layers [0], 13 tokens"
+    assert repr(one) == "PatternView of attention pattern: layers [0], 20 tokens"
 
 
 def test_no_word_and_no_title_can_leave_its_place_in_the_view():

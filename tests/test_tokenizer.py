@@ -108,18 +108,18 @@ def test_a_damaged_vocabulary_is_refused_and_left_where_it_is(tmp_path):
 # --- vocabularies of our own ---
 
 
-def test_tiny_has_256_bytes_150_pieces_and_ten_specials():
+def test_tiny_has_256_bytes_246_pieces_and_ten_specials():
     encoding = tokenizer.tiny()
-    assert encoding.n_vocab == 256 + 150 + 10
+    assert encoding.n_vocab == 256 + 246 + 10
     assert [encoding.decode_single_token_bytes(i) for i in range(256)] == [bytes([i]) for i in range(256)]
     assert encoding.special_tokens_set == set(SPECIAL_IDS)
-    assert sorted(tokenizer.special(encoding, name) for name in SPECIAL_IDS) == list(range(406, 416))
+    assert sorted(tokenizer.special(encoding, name) for name in SPECIAL_IDS) == list(range(502, 512))
 
 
-def test_every_word_of_the_prompt_is_one_tiny_token():
+def test_every_word_of_a_story_is_one_tiny_token():
     encoding = tokenizer.tiny()
-    pieces = [encoding.decode([token]) for token in encoding.encode_ordinary(PROMPT)]
-    assert pieces == ("Roses| are| red|,| violets| are| blue|,| I| love| you|,| and| I| love| you| too|.".split("|"))
+    pieces = [encoding.decode([token]) for token in encoding.encode_ordinary("One day, Ann saw a red fish. The fish ran.")]
+    assert pieces == "One| day|,| Ann| saw| a| red| fish|.| The| fish| ran|.".split("|")
 
 
 def test_each_word_of_a_harmony_header_is_one_tiny_token():
@@ -128,7 +128,6 @@ def test_each_word_of_a_harmony_header_is_one_tiny_token():
         "developer",
         "user",
         "assistant",
-        "tool",
         "analysis",
         "commentary",
         "final",

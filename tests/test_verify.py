@@ -4,10 +4,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from models import tiny_random
 from shared import facts, needs_facts, needs_vocabulary
 
 from gptoss_lab import tokenizer, verify
-from gptoss_lab.checkpoint import load, tiny_random
+from gptoss_lab.checkpoint import load
 from gptoss_lab.config import FULL, SLIDING, TINY
 from gptoss_lab.generate import generate
 from gptoss_lab.saving import save
@@ -18,14 +19,14 @@ ROSES = "Roses are red, violets"
 
 
 # The tokens that begin with a blank: any row of them is text that is cut into the same tokens again.
-WORDS = [token for token in range(416) if tokenizer.tiny().decode_single_token_bytes(token)[:1] == b" "][1:]
+WORDS = [token for token in range(512) if tokenizer.tiny().decode_single_token_bytes(token)[:1] == b" "][1:]
 
 
 @pytest.fixture(scope="module")
 def speaker():
     """A random model that says nothing but words."""
     model = tiny_random(MODEL)
-    mute = torch.ones(416, dtype=torch.bool).index_fill(0, torch.tensor(WORDS), False)
+    mute = torch.ones(512, dtype=torch.bool).index_fill(0, torch.tensor(WORDS), False)
     with torch.no_grad():
         model.unembed.weight[mute] = 0
     return model

@@ -54,15 +54,15 @@ class Parser:
         >>> from gptoss_lab.harmony import render
         >>> from gptoss_lab.tokenizer import tiny
         >>> parser = Parser(tiny())
-        >>> answer = [Message("assistant", "I love you", channel="final")]
+        >>> answer = [Message("assistant", "One red fish", channel="final")]
         >>> for token in render(answer, tiny(), next_role=None):
         ...     if parser.feed(token):
         ...         print(parser.channel, repr(parser.delta))
-        final 'I'
-        final ' love'
-        final ' you'
+        final 'One'
+        final ' red'
+        final ' fish'
         >>> parser.messages  # doctest: +NORMALIZE_WHITESPACE
-        [Message(role='assistant', content='I love you', name=None, recipient=None, channel='final',
+        [Message(role='assistant', content='One red fish', name=None, recipient=None, channel='final',
          content_type=None)]
     """
 

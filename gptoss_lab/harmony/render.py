@@ -87,8 +87,8 @@ def render_message(message: Message, encoding: "tiktoken.Encoding", *, has_funct
 
     Example:
         >>> from gptoss_lab.tokenizer import tiny
-        >>> render_message(Message("user", "Roses are red"), tiny())
-        [411, 393, 413, 380, 270, 351, 412]
+        >>> render_message(Message("user", "One red fish"), tiny())
+        [507, 449, 509, 471, 296, 291, 508]
     """
     return _encode(_message(message, has_function_tools), encoding)
 
@@ -99,7 +99,7 @@ def stop_tokens(encoding: "tiktoken.Encoding") -> tuple[int, int]:
     Example:
         >>> from gptoss_lab.tokenizer import tiny
         >>> stop_tokens(tiny())
-        (408, 414)
+        (504, 510)
     """
     return tokenizer.special(encoding, "<|return|>"), tokenizer.special(encoding, "<|call|>")
 

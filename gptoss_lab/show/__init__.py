@@ -1,7 +1,11 @@
-"""Values -> pictures: matplotlib figures, and one HTML view that needs nothing but a browser."""
+"""Values -> pictures: matplotlib figures, and HTML views that need nothing but a browser."""
 from .figures import difference, logits, path, pattern, residual, router, routes, tokens, vectors, words
+from .map_view import MapView
+from .maps import heat, table
 from .pattern_view import PatternView
+from .river_view import RiverView
 from .source import source
+from .token_view import TokenView
 
-__all__ = ["PatternView", "difference", "logits", "path", "pattern", "residual", "router", "routes", "source",
-           "tokens", "vectors", "words"]  # fmt: skip
+__all__ = ["MapView", "PatternView", "RiverView", "TokenView", "difference", "heat", "logits", "path", "pattern",
+           "residual", "router", "routes", "source", "table", "tokens", "vectors", "words"]  # fmt: skip

@@ -7,16 +7,16 @@ import torch
 from ..checkpoint import load
 from . import path, words
 
-PROMPT = "Roses are red, violets are blue, I love you, and"
+PROMPT = "One sunny day, Tom had a red ball and Sue had a blue kite. Sue found the blue"
 
 
 def draw(folder: str | Path) -> Path:
-    """Write one_token.png into `folder`: what "tiny-random" really computes on PROMPT."""
-    model = load("tiny-random")
+    """Write one_token.png into `folder`: what "tiny" really computes on PROMPT."""
+    model = load("tiny")
     tokens = torch.tensor([model.tokenizer.encode_ordinary(PROMPT)])
     with torch.no_grad():
         _, acts = model.run_with_cache(tokens, "*")
-    fig = path(acts, words(tokens, model.tokenizer), model.tokenizer, note="tiny-random: random weights")
+    fig = path(acts, words(tokens, model.tokenizer), model.tokenizer, note="the tiny model")
     file = Path(folder, "one_token.png")
     part = file.with_suffix(".part")
     part.write_bytes(fig.png())

@@ -250,7 +250,8 @@ def _top_tokens(ax: "Axes", logits: Tensor, tokenizer, k: int) -> None:
     ax.axvline(1 / len(last), color=EXPERTS, lw=1, ls="--", zorder=3)
     ax.set_yticks(range(len(ids)), [_short(word) for word in words(ids, tokenizer)], family="monospace")
     ax.set(xlabel=f"probability (dashed: 1/{len(last):,})", xlim=(0, 1.65 * probability[0].item()))
-    ax.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(0, 1.65 * probability[0].item())
+    ax.set_xticks([x for x in ticks if 0 <= x <= 1 and x <= 1.65 * probability[0]])  # the rest is room for words
     ax.xaxis.set_major_formatter("{x:.1%}" if probability[0] < 0.02 else "{x:.0%}")
     ax.invert_yaxis()
 
