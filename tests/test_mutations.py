@@ -76,11 +76,10 @@ MISTAKES = {
         "post = self.hook(\"post\", swiglu(h[..., 0::2], h[..., 1::2], self.config.swiglu_alpha).clamp(-limit, limit))"),
     "expert biases are left out": (MODEL, "self.matrix(expert), self.bias[expert])", "self.matrix(expert))"),
     "the down bias is left out, fast": (FAST, "moe.down.bias[e])", "None)"),
-    "the gate and linear bias is left out, fast": (FAST, "moe.gate_up.bias[expert])", "None)"),
+    "the gate and linear bias is left out, fast": (FAST, "moe.gate_up.bias[e])", "None)"),
     "the down bias is added after the weighting, fast": (
-        FAST, "_join(parts) * weights.flatten()[order].unsqueeze(-1)",
-        "(_join(parts) - moe.down.bias[experts[order]]) * weights.flatten()[order].unsqueeze(-1)"
-        " + moe.down.bias[experts[order]]"),
+        FAST, "y * weights[mine]",
+        "(y - moe.down.bias[experts[order][mine]]) * weights[mine] + moe.down.bias[experts[order][mine]]"),
     "softmax over all experts, not the chosen": (MODEL, "logits.gather(-1, indices).softmax(dim=-1)",
                                                  "logits.softmax(dim=-1).gather(-1, indices)"),
     "weights are sigmoids": (MODEL, "logits.gather(-1, indices).softmax(dim=-1)", "logits.gather(-1, indices).sigmoid()"),

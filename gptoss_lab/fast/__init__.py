@@ -94,17 +94,20 @@ def mix(moe, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     d_out, d_in = moe.gate_up.bias.shape[1], tokens.shape[1]
     if tokens.shape[0] == 1 and by_hand(x) and product_is_turned(1, d_in, d_out, x):
         return mix_one_token(moe, tokens, experts, weights.flatten(0, 1)).view_as(x)
-    order = experts.argsort()
-    rows, counts = order // indices.shape[-1], experts.bincount(minlength=moe.config.n_experts).tolist()
-    used = [(expert, chosen) for expert, chosen in enumerate(tokens[rows].split(counts)) if len(chosen)]
-    parts = []
+    order, counts = experts.argsort(), experts.bincount(minlength=moe.config.n_experts).tolist()
+    rows, weights = order // indices.shape[-1], weights.flatten()[order].unsqueeze(-1)
+    used = [(e, n) for e, n in enumerate(counts) if n]
+    out, end = torch.zeros_like(tokens), 0
     # Few rows: fewer operations over all of them. Many: one expert after the other, each while it is in the cache.
     for group in [used] if len(rows) <= 256 else [[one] for one in used]:
-        h = _join([product(part, moe.gate_up.matrix(expert), moe.gate_up.bias[expert]) for expert, part in group])
-        post = swiglu(h, moe.config).split([len(part) for _, part in group])
-        parts += [product(part, moe.down.matrix(e), moe.down.bias[e]) for (e, _), part in zip(group, post)]
-    y = _join(parts) * weights.flatten()[order].unsqueeze(-1)
-    return torch.zeros_like(tokens).index_add_(0, rows, y).view_as(x)
+        group, sizes = zip(*group)
+        mine = slice(end, end := end + sum(sizes))
+        parts = zip(group, tokens.index_select(0, rows[mine]).split(sizes))
+        h = _join([product(part, moe.gate_up.matrix(e), moe.gate_up.bias[e]) for e, part in parts])
+        parts = zip(group, swiglu(h, moe.config).split(sizes))
+        y = _join([product(part, moe.down.matrix(e), moe.down.bias[e]) for e, part in parts])
+        out = out.index_add_(0, rows[mine], y * weights[mine])
+    return out.view_as(x)
 
 
 def mix_one_token(moe, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
