@@ -159,7 +159,7 @@ def test_with_the_final_norm_frozen_taking_a_part_away_takes_its_logit(model):
         model(x)
     final, scale = acts["resid_post", 3][0, -1], acts["ln_final.hook_scale"][0, -1]
     without = final - acts["expert_weights", 3][0, -1, 0] * acts["expert_out", 3][0, -1, 0]
-    change = (final - without) / scale * model.ln_final.weight @ model.unembed.weight[3]
+    change = (final - without) / scale * model.ln_final.weight.detach() @ model.unembed.weight[3].detach()
     assert float(parts.expert[3, 0, 0]) == pytest.approx(float(change))
 
 

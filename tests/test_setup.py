@@ -38,6 +38,7 @@ COLAB = {
 
 # Imported without being declared: what others bring, and what `make bench` compares with where it is there.
 BROUGHT = {"IPython": "ipykernel", "PIL": "matplotlib", "requests": "tiktoken", "tiktoken_ext": "tiktoken"}
+OPTIONAL = {"pandas"}  # used where it is installed: `frame()` of a probe's result
 RIVALS = {"transformer_lens", "nnsight"}
 
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not here")
@@ -73,7 +74,7 @@ def test_the_version_is_the_same_in_the_package_and_in_pyproject():
 
 def test_every_library_that_is_imported_is_declared():
     declared = {canonicalize_name(requirement.name) for requirement in DECLARED}
-    known = sys.stdlib_module_names | BROUGHT.keys() | RIVALS | {"gptoss_lab", "bench"}
+    known = sys.stdlib_module_names | BROUGHT.keys() | RIVALS | OPTIONAL | {"gptoss_lab", "bench"}
     known |= {path.stem for path in (ROOT / "tests").glob("*.py")}
     missing = {}
     for folder in ("gptoss_lab", "tests", "bench"):
