@@ -9,14 +9,14 @@ import sys
 
 import torch
 
-from gptoss_lab import record
+from gptoss_lab import KVCache, record
 from gptoss_lab.config import FULL, TINY, published
 from gptoss_lab.probes.streaming import attention
 
 from . import models
 from .timing import interleave, ratios, spread
 
-WINDOW = 128
+WINDOW, CHUNK = 128, 512
 LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 SHAPES = ("tiny", "20b-layer")
 
@@ -31,8 +31,10 @@ def model_of(shape: str, length: int) -> torch.nn.Module:
 
 
 def streamed(model, tokens):
+    cache = KVCache(model.config, capacity=tokens.shape[1])
     with attention(model, ["sink_mass", "entropy"], windows=[WINDOW]) as stream:
-        model(tokens, logits_to_keep=1)
+        for chunk in tokens.split(CHUNK, dim=1):  # one pass over all would make a [s s] mask of its own
+            model(chunk, cache=cache, logits_to_keep=1)
     result = stream.result()
     return result.sink_mass.mean(), result.entropy.mean(), result.within.mean()
 

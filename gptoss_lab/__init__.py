@@ -1,7 +1,7 @@
 """gptoss_lab: look at any value inside gpt-oss while it works, change it, and see what follows.
 
->>> import gptoss_lab as lab
->>> model = lab.load("tiny-random")
+>>> import torch, gptoss_lab as lab
+>>> model = lab.load("tiny")
 >>> with lab.record(model, "blocks.1.attn.hook_pattern") as acts:
 ...     logits = model(torch.arange(20)[None])
 """

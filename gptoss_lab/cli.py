@@ -50,9 +50,9 @@ def _parser() -> argparse.ArgumentParser:
         sub.add_argument("source", **source)
         if name == "generate":
             sub.add_argument("prompt")
-        sub.add_argument("--max-new-tokens", type=int, default=128 if name == "generate" else 4096, metavar="N")
-        sub.add_argument("--temperature", type=float, default=0.0 if name == "generate" else 1.0, metavar="T",
-                         help="0 takes the likeliest token (default: %(default)s)")  # fmt: skip
+        sub.add_argument("--max-new-tokens", type=int, default=None if name == "generate" else 4096, metavar="N")
+        sub.add_argument("--temperature", type=float, metavar="T", default=0.0 if name == "generate" else None,
+                         help="0 takes the likeliest token; default: 0, in chat 1 (the tiny model: 0)")  # fmt: skip
         sub.add_argument("--top-k", type=int, metavar="K")
         sub.add_argument("--top-p", type=float, metavar="P")
         sub.add_argument("--seed", type=int)
@@ -62,7 +62,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--instructions", metavar="TEXT", help="what a developer message should say")
     from .tiny.train import VARIANTS, Recipe
 
-    text = "train the tiny model: about 20 minutes; the same command goes on after an interruption"
+    text = "train the tiny model: a quarter of an hour; the same command goes on after an interruption"
     sub = command("train-tiny", _train_tiny, text)
     sub.add_argument("folder", help="where the run's state goes, and the model, as FOLDER/model")
     sub.add_argument("--seed", type=int, default=Recipe.seed, metavar="N", help="(default: %(default)s)")
@@ -80,7 +80,12 @@ def _train_tiny(options):
 
     if options.verify and options.variant != Recipe.variant:
         raise ValueError(f"--verify compares the standard model with its card, not the variant {options.variant}")
-    folder = train(options.folder, Recipe(options.seed, options.variant, options.steps), threads=options.threads)
+    recipe = Recipe(options.seed, options.variant, options.steps)
+    try:
+        folder = train(options.folder, recipe, threads=options.threads)
+    except KeyboardInterrupt:
+        print("stopped; the same command goes on from here", file=sys.stderr)
+        raise
     print(f"the model is in {folder}: gptoss_lab.load({str(folder)!r})")
     if options.verify:
         comparison = card.compare(folder)
@@ -167,6 +172,9 @@ def _chat(options):
     talk, tiny = [Message("system", system)], encoding.name == "tiny"
     if tiny:  # it knows a shorter system message, and one question at a time
         talk = [data.system(options.effort)]
+        print("ask the tiny model:  add 7+5+8+6   map Tom Sue, Sue Bob, Bob Kim, Kim Tom. 2 Tom   times 37*48")
+    if options.temperature is None:
+        options.temperature = 0.0 if tiny else 1.0
     if options.instructions:
         talk.append(Message("developer", DeveloperContent(instructions=options.instructions)))
     while True:

@@ -8,13 +8,13 @@ from .hooks import unwrapped
 from .kv_cache import KVCache
 
 
-def generate(model: nn.Module, prompts, max_new_tokens: int = 128, **settings) -> list[list[int]]:
+def generate(model: nn.Module, prompts, max_new_tokens: int | None = None, **settings) -> list[list[int]]:
     """The new tokens of each prompt, a stop token included where one ended it.
 
     Args:
         model: a GptOss, compiled or not.
         prompts: text, token ids, a list of either, or a tensor [b s].
-        max_new_tokens: tokens to make at most.
+        max_new_tokens: tokens to make at most; None is 128, or as many as the context still holds.
         settings: those of `stream`.
 
     Interrupted (Ctrl-C) it raises KeyboardInterrupt and keeps nothing; with `stream` what came before is yours.
@@ -29,7 +29,7 @@ def generate(model: nn.Module, prompts, max_new_tokens: int = 128, **settings) -
 
 @torch.no_grad()
 def stream(
-    model: nn.Module, prompts, max_new_tokens: int = 128, *, temperature: float = 0.0, top_k: int | None = None,
+    model: nn.Module, prompts, max_new_tokens: int | None = None, *, temperature: float = 0.0, top_k: int | None = None,
     top_p: float | None = None, seed: int | None = None, stop: Iterable[int] | None = None, prefill_chunk: int = 2048,
     cache: KVCache | None = None,
 ) -> Iterator[list[int | None]]:  # fmt: skip
@@ -52,6 +52,9 @@ def stream(
     """
     inner = unwrapped(model)
     ids = _as_ids(model, prompts)
+    if max_new_tokens is None:
+        read = max(map(len, ids), default=0) + (cache.length if cache is not None else 0)
+        max_new_tokens = max(1, min(128, inner.config.n_ctx - read + 1))
     _check(inner, ids, max_new_tokens, temperature, top_k, top_p, prefill_chunk, cache)
     tokens, mask = _left_padded(ids, inner.device)
     closed = model is inner and cache is None  # no tensor leaves the loop

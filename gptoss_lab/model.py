@@ -313,7 +313,8 @@ def _check(model: GptOss, tokens: Tensor, mask, cache: KVCache | None, stop: int
                          "there is padding, or torch.ones_like(tokens) if the id is part of the text")  # fmt: skip
     end = tokens.shape[1] + (cache.length if cache is not None else 0)
     if end > c.n_ctx:
-        raise ValueError(f"{end} positions do not fit the context of {c.n_ctx}")
+        raise ValueError(f"{end} positions do not fit the context of {c.n_ctx}: shorten the text, or stretch the "
+                         "context with gptoss_lab.probes.yarn.extended")  # fmt: skip
     if not isinstance(keep, int) or keep < 0:
         raise ValueError(f"logits_to_keep = {keep!r}: must be a whole number; 0 keeps the logits of every position")
     if cache is not None and cache.config is not c and cache.config != c:

@@ -151,7 +151,21 @@ def test_it_is_saved_and_drawn(model, tmp_path):
     assert ax.get_xlabel() == "position of the patch" and "random" in ax.figure.get_suptitle()
 
 
+def test_chosen_positions_are_named_in_the_picture_and_the_table(model, monkeypatch):
+    import sys
+    import types
+
+    result = Patching.measure(model, TOKENS, other=OTHER, metric=METRIC, points=["blocks.1.hook_resid_pre"], positions=[5, 10])
+    [ax, _] = result.plot([f"t{i}" for i in range(12)]).axes
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["t5", "t10"]
+    monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=dict))
+    assert result.frame()["position"] == [5, 10]
+    with pytest.raises(ValueError, match="2 words, but position 10 was patched"):
+        result.plot(["a", "b"])
+
+
 @pytest.mark.parametrize("wrong, message", [
+    (dict(positions=[50]), r"positions \(50,\): the texts have 0 to 11"),
     (dict(other=OTHER[:, :5]), r"shapes \(2, 12\) and \(2, 5\)"),
     (dict(points=["*.hook_pattern"]), "hook_pattern is not"),
     (dict(metric=lambda x: x.sum()), r"the metric gave \(\) for 2 rows"),

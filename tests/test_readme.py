@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 
-import gptoss_lab as lab
 from gptoss_lab import cli
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,12 +22,9 @@ def test_the_example_has_ten_lines_and_shows_what_it_says(capsys):
     assert len([line for line in block.splitlines() if line.strip()]) == 10
     scope = {}
     exec(compile(block, "README.md", "exec"), scope)
-    rows = scope["acts"]["pattern", 1].sum(-1) + scope["acts"]["sink_mass", 1]
-    assert (rows - 1).abs().max() < 1e-6
-    _, change, written = capsys.readouterr().out.strip().rsplit("\n", 2)
-    assert float(re.match(r"tensor\(([\d.]+)", change)[1]) > 0
-    model = lab.load("tiny")
-    assert len(model.tokenizer.encode_ordinary(written)) == 5
+    first, sums, without = capsys.readouterr().out.split("\n")[:3]
+    assert first.startswith(" pink,") and not without.startswith(" pink")
+    assert sums == "tensor([1., 1., 1., 1.])" or "1.0000" in sums
 
 
 def test_the_file_map_names_every_file_of_the_package_and_no_other():

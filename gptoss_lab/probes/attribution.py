@@ -48,6 +48,7 @@ class Attribution(Result):
         """
         model, logits = unwrapped(model), acts["hook_logits"]
         b, s = logits.shape[:2]
+        answer = torch.as_tensor(answer).reshape(-1) if not isinstance(answer, Tensor) or answer.dim() == 0 else answer
         for name, ids in (("answer", answer), ("against", against)):
             if ids is not None and ids.shape != (b,):
                 raise ValueError(f"{name} has shape {tuple(ids.shape)}: one id for each of {b} rows is needed")

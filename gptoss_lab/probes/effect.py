@@ -58,6 +58,9 @@ class Effect(Result):
             model(tokens)
         with ExitStack() as open_edits, record(model, *cls.points) as edited:
             for one in edits:
+                if not isinstance(one, Mapping):
+                    raise TypeError(f"an edit is a mapping such as drop(3, 7) gives, not {type(one).__name__}: give "
+                                    "several one after the other")  # fmt: skip
                 open_edits.enter_context(edit(model, one))
             model(tokens)
         return cls.of(acts, edited, labels)

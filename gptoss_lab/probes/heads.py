@@ -8,6 +8,8 @@ from torch import Tensor
 from ..hooks import Activations
 from .result import Result, frame, stacked
 
+SCORES = ("previous", "duplicate", "induction", "first", "sink")
+
 
 @dataclass(frozen=True)
 class HeadScores(Result):
@@ -49,6 +51,8 @@ class HeadScores(Result):
 
     def best(self, score: str, n: int = 5) -> list[tuple[int, int, float]]:
         """(layer, head, score) of the n highest, mean over rows."""
+        if score not in SCORES:
+            raise ValueError(f"score = {score!r}: there are {', '.join(SCORES)}")
         mean = getattr(self, score).mean(1)
         order = mean.flatten().argsort(descending=True)[:n]
         return [(int(i) // mean.shape[1], int(i) % mean.shape[1], float(mean.flatten()[i])) for i in order]
@@ -56,9 +60,8 @@ class HeadScores(Result):
     def frame(self):
         """One line a head, mean over rows."""
         layers, _, heads = self.previous.shape
-        names = ("previous", "duplicate", "induction", "first", "sink")
         return frame({"layer": [i for i in range(layers) for _ in range(heads)], "head": list(range(heads)) * layers}
-                     | {name: getattr(self, name).mean(1).flatten() for name in names})  # fmt: skip
+                     | {name: getattr(self, name).mean(1).flatten() for name in SCORES})  # fmt: skip
 
     def plot(self, score: str = "induction", note: str = ""):
         """Layers by heads: which head does it, and in which kind of layer?"""

@@ -22,10 +22,12 @@ def logit_difference(answer: Tensor, other: Tensor, position: int = -1) -> Metri
 class Patching(Result):
     """How far the metric moves from its value on the clean text (0) to that on the other (1).
 
-    effect [S s b]: sites by position and row. sites: "blocks.2.attn.hook_z head 3". clean, other [b]: the metric.
+    effect [S P b]: sites by position and row. sites: "blocks.2.attn.hook_z head 3". positions: the P that were patched.
+    clean, other [b]: the metric.
     """
 
     sites: tuple[str, ...]
+    positions: tuple[int, ...]
     effect: Tensor
     clean: Tensor
     other: Tensor
@@ -47,7 +49,9 @@ class Patching(Result):
         """
         names = _names(model, points)
         sources, low, high = _both(model, tokens, other, metric, names)
-        at = range(tokens.shape[1]) if positions is None else positions
+        at = tuple(range(tokens.shape[1]) if positions is None else positions)
+        if not at or wrong_position(at, tokens):
+            raise ValueError(f"positions {at}: the texts have 0 to {tokens.shape[1] - 1}")
         sites, effects = [], []
         for site, name, where in _sites(sources, names, each):
             row = []
@@ -60,26 +64,29 @@ class Patching(Result):
                     row.append((metric(model(tokens)) - low) / (high - low).mean())
             sites.append(site)
             effects.append(torch.stack(row))
-        return cls(tuple(sites), torch.stack(effects), low, high)
+        return cls(tuple(sites), at, torch.stack(effects), low, high)
 
     @property
     def mean(self) -> Tensor:
-        """[S s]"""
+        """[S P]"""
         return self.effect.mean(-1)
 
     def frame(self):
         """One line a site and position."""
-        n, s = self.mean.shape
-        return frame({"site": [site for site in self.sites for _ in range(s)], "position": list(range(s)) * n,
+        n, p = self.mean.shape
+        return frame({"site": [site for site in self.sites for _ in range(p)], "position": list(self.positions) * n,
                       "effect": self.mean.flatten()})  # fmt: skip
 
     def plot(self, words: Sequence[str], note: str = ""):
-        """Sites by positions: where the colour is strong, the answer is on its way."""
+        """Sites by positions: where the colour is strong, the answer is on its way. `words` name the whole text."""
         from ..show.maps import heat
 
+        if len(words) <= max(self.positions):
+            raise ValueError(f"{len(words)} words, but position {max(self.positions)} was patched: name the whole text")
         sites = [site.removeprefix("blocks.").replace("hook_", "") for site in self.sites]
-        return heat(self.mean, sites, words, title="patched in: 0 leaves the answer, 1 turns it whole",
-                    value="effect", across="position of the patch", signed=True, limit=1, note=note)  # fmt: skip
+        here = [words[i] for i in self.positions]
+        return heat(self.mean, sites, here, title="patched in: 0 leaves the answer, 1 turns it whole", value="effect",
+                    across="position of the patch", signed=True, limit=1, note=note)  # fmt: skip
 
 
 def attribution(
@@ -104,7 +111,7 @@ def attribution(
         change = ((sources[name] - clean[name].detach()) * grads[name])[:, :, where]
         sites.append(site)
         effects.append(change.flatten(2).sum(-1).T / (high - low).mean())
-    return Patching(tuple(sites), torch.stack(effects), low, high)
+    return Patching(tuple(sites), tuple(range(tokens.shape[1])), torch.stack(effects), low, high)
 
 
 def disagreement(estimate: Patching, real: Patching) -> dict[str, float]:
@@ -180,6 +187,10 @@ def path_patching(
     if direct is not None:
         logits = logits + direct - model(tokens)  # what the sender tells the logits itself comes on top
     return (metric(logits) - low) / (high - low).mean()
+
+
+def wrong_position(positions: Sequence[int], tokens: Tensor) -> bool:
+    return any(not 0 <= position < tokens.shape[1] for position in positions)
 
 
 def _names(model: nn.Module, points: Sequence[str]) -> list[str]:

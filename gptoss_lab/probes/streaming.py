@@ -138,6 +138,11 @@ class Stream(Activations):
                 self._keys[layer] = self._keys[layer][:, -max(window - 1, 1) :].clone()
         return x
 
+    def __repr__(self):
+        done = max((len(made) for made in self._made.values()), default=0)
+        return f"Stream of layers {self.layers}: {self._length} positions in {done} blocks; see result() or reduced()"
+
+    @torch.no_grad()
     def _read(self, layer: int, q: Tensor, k: Tensor, sinks: Tensor) -> None:
         """The queries of this pass, q [b s H h] and sinks [b H s], over the keys k [b t K h]."""
         gone = self._length - k.shape[1]  # keys before these no query here can see
@@ -281,6 +286,7 @@ def attention(
     """
     inner = unwrapped(model)
     layers = list(range(inner.config.n_layers) if layers is None else layers)
+    quantities = [quantities] if isinstance(quantities, str) else quantities
     if unknown := set(quantities) - set(QUANTITIES):
         raise ValueError(f"unknown quantities {sorted(unknown)}: there are {', '.join(QUANTITIES)}")
     if wrong := [layer for layer in layers if not 0 <= layer < inner.config.n_layers]:

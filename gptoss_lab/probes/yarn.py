@@ -65,7 +65,8 @@ def rope(config: Config, way: str, factor: float | None = None) -> RotaryEmbeddi
 
 def factor_of(config: Config, factor: float | None) -> float:
     if factor is None and (config.yarn is None or config.yarn.factor == 1):
-        raise ValueError("factor is not given, and this model's positions are not stretched: it has none to take")
+        raise ValueError("factor is not given, and this model's positions are not stretched, so that it has none to "
+                         "take: give one, such as factor=4")  # fmt: skip
     factor = config.yarn.factor if factor is None else factor
     if not 1 <= factor < math.inf:
         raise ValueError(f"factor = {factor}: must be at least 1, the extended length over the trained one")
@@ -78,7 +79,7 @@ def as_loaded(model: nn.Module) -> Config:
 
 
 @contextmanager
-def extended(model: nn.Module, way: str, factor: float | None = None) -> Iterator[None]:
+def extended(model: nn.Module, way: str, factor: float | None = None) -> Iterator[nn.Module]:
     """The model with `factor` times its trained positions, reached in one of WAYS; afterwards, in any case, as it was.
 
     `model.config.n_ctx` grows to hold them. Hooks, also those opened before, work inside; gradients flow. A KVCache
@@ -93,7 +94,7 @@ def extended(model: nn.Module, way: str, factor: float | None = None) -> Iterato
     try:  # the module stays, and who listens to it: its numbers change
         inner.config = config.with_(**{name: getattr(other.config, name) for name in ("n_ctx", "yarn", "rope_theta")})
         embedding.frequencies, embedding.concentration = other.frequencies, other.concentration
-        yield
+        yield model
     finally:
         inner.config = config
         embedding.frequencies, embedding.concentration = kept

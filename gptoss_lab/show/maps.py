@@ -34,7 +34,8 @@ def heat(
     """A matrix of colours [R C]: brown over white to green about 0 where `signed`, else viridis from 0. NaN is grey."""
     x = _array(values)
     largest = limit or np.nanmax(np.abs(x), initial=0) or 1
-    with _figure(min(2.2 + 0.3 * len(columns), 14), 1.3 + 0.26 * min(len(rows), 40), title, note) as fig:
+    wide = 0.6 + 0.085 * len(title + note)  # the title's own width
+    with _figure(max(wide, min(2.2 + 0.3 * len(columns), 14)), 1.3 + 0.26 * min(len(rows), 40), title, note) as fig:
         ax = fig.subplots()
         ax.set_facecolor(PALE)
         image = ax.imshow(x, cmap="BrBG" if signed else "viridis", vmin=-largest if signed else 0, vmax=largest,

@@ -4,8 +4,9 @@ import os
 from pathlib import Path
 
 from ..probes.yarn import WAYS
+from ..tokenizer import tiny
 from .card import SEEDS, card
-from .data import DOMAINS
+from .data import DOMAINS, MAKERS, Draw
 from .train import VARIANTS
 
 TASKS = [f"hop_{k}" for k in (1, 2, 3, 4)] + [f"sum_{k}" for k in (2, 3, 4, 5)]
@@ -31,6 +32,11 @@ def page(content: dict) -> str:
         "which training saw; *seeds* are the lowest and highest mean of three trainings. Seed 1 is shipped because it adds "
         "best: its sums are the better end of a spread. The model is small and its texts are simple: what it shows is real in "
         "it, and no evidence about gpt-oss-20b.\n\n"
+        "## What it reads\n\nOne document of each domain. Answers are counted greedily (temperature 0).\n\n"
+        f"{_examples()}\n"
+        "In `gptoss-lab chat tiny` each question stands alone, and a map is written in one line: "
+        "`map Tom Sue, Sue Bob, Bob Tom. 2 Tom`. Digits are 1 to 9, factors 11 to 99, nothing between them. To offer the "
+        "calculator: `lab.generate(model, [gptoss_lab.tiny.data.prompt(\"high\", \"times 37*48\", calculator=True)])`.\n\n"
         "## Loss\n\n"
     )  # fmt: skip
     parts = [
@@ -99,7 +105,8 @@ def page(content: dict) -> str:
         cell.table("tools", [("called with the right product where it is offered", "right_call"),
                              ("“no tool” where it is not", "says_no_tool")]),
         "\n## Patching: the way of an answer\n\nSix pairs and a question. Two things of the list are swapped, and the residual "
-        "stream of the swapped text is put into the plain one at one place. 0: the answer stays; 1: it turns whole.\n\n",
+        "stream of the swapped text is put into the plain one at one place. 0: the answer stays; 1: it turns whole. "
+        "(Swap two *colours* instead, and the way begins at the colour.)\n\n",
         "| after | at the thing | at its colour | at the question | logit lens: probability of the answer |\n|---|---|---|---|---|\n",
         *_patching(figures["tiny"]["patching"]),
         f"\nRecall is right in {cell.of('tiny', 'patching', 'accuracy')} of the questions (seeds {cell.spread('patching', 'accuracy')}, "
@@ -185,6 +192,15 @@ def _experts(figure: dict, most: int = 6) -> str:
     for _, cost, elsewhere, layer, expert, worst in sorted(found, reverse=True)[:most]:
         error = figure["error"][layer][expert][worst]
         lines.append(f"| layer {layer}, {expert} | {DOMAINS[worst]} | {cost:.2f} ± {error:.2f} | {elsewhere:.2f} |\n")
+    return "".join(lines)
+
+
+def _examples() -> str:
+    lines = []
+    for name in DOMAINS:
+        document = MAKERS[name](Draw(0), 128)
+        text = tiny().decode([token for part, _ in document for token in part]).replace("\n", "⏎")
+        lines.append(f"- **{name}** `{text if len(text) < 420 else text[:420] + ' …'}`\n")
     return "".join(lines)
 
 
