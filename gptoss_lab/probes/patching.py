@@ -71,6 +71,12 @@ class Patching(Result):
         """[S P]"""
         return self.effect.mean(-1)
 
+    def named(self, words: Sequence[str]) -> list[str]:
+        """The words at the patched positions; `words` are those of the whole text."""
+        if len(words) <= max(self.positions):
+            raise ValueError(f"{len(words)} words, but position {max(self.positions)} was patched: name the whole text")
+        return [words[i] for i in self.positions]
+
     def frame(self):
         """One line a site and position."""
         n, p = self.mean.shape
@@ -81,12 +87,10 @@ class Patching(Result):
         """Sites by positions: where the colour is strong, the answer is on its way. `words` name the whole text."""
         from ..show.maps import heat
 
-        if len(words) <= max(self.positions):
-            raise ValueError(f"{len(words)} words, but position {max(self.positions)} was patched: name the whole text")
         sites = [site.removeprefix("blocks.").replace("hook_", "") for site in self.sites]
-        here = [words[i] for i in self.positions]
-        return heat(self.mean, sites, here, title="patched in: 0 leaves the answer, 1 turns it whole", value="effect",
-                    across="position of the patch", signed=True, limit=1, note=note)  # fmt: skip
+        title = "patched in: 0 leaves the answer, 1 turns it whole"
+        return heat(self.mean, sites, self.named(words), title=title, value="effect", across="position of the patch",
+                    signed=True, limit=1, note=note)  # fmt: skip
 
 
 def attribution(

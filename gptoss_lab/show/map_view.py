@@ -68,10 +68,11 @@ class MapView(View):
 
     @classmethod
     def of_patching(cls, result: "Patching", words: Sequence[str], *, note: str = "") -> "MapView":
-        """Sites by positions; `words` names the positions that were patched."""
+        """Sites by positions; `words` names those of the whole text."""
         sites = [site.removeprefix("blocks.").replace("hook_", "") for site in result.sites]
-        return cls({"effect": result.mean}, sites, words, title="patched in: 0 leaves the answer, 1 turns it whole",
-                   down="site", across="position", signed=True, limit=1, note=note)  # fmt: skip
+        title = "patched in: 0 leaves the answer, 1 turns it whole"
+        return cls({"effect": result.mean}, sites, result.named(words), title=title, down="site", across="position",
+                   signed=True, limit=1, note=note)  # fmt: skip
 
     @classmethod
     def of_lens(
