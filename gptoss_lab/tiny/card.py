@@ -57,7 +57,7 @@ HEADLINES = (
     Headline("second copy at four windows, nats", "induction", "second_64", 0.5),
     Headline("the same without previous-token heads", "induction", "second_64_without_previous_token_heads", 2.0),
     Headline("best induction head at four windows", "induction", "prefix_64", 0.2, best=True),
-    Headline("removing all sinks, nats", "sinks", "without_all", 0.3),
+    Headline("removing all sinks, nats", "sinks", "without_all", 1.0),
     Headline("best head's sink mass with nothing to copy", "sinks", "mass_first_64", 0.3, best=True),
     Headline("I(expert; domain | token), best layer, bits", "routing", "information_given_token", 0.2, best=True),
     Headline("loss at four times the length, YaRN", "yarn", "yarn_loss", 0.3),
@@ -90,7 +90,7 @@ class Comparison:
         lines += [f"{text:{width}}  {low:8.3f} to {high:8.3f}  {new:8.3f}  {'' if inside else 'OUTSIDE'}".rstrip()
                   for text, low, high, new, inside in self.rows]  # fmt: skip
         lines.append("the weights are those of the card, byte for byte" if self.same_bytes else
-                     "the weights are others than the card's: rounding differs from machine to machine")
+                     "the weights are others than the card's: rounding differs with machine, torch and the code")
         return "\n".join(lines)
 
 
