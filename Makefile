@@ -9,6 +9,7 @@ TORCH_INDEX ?= $(shell [ "$$(uname -s)" = Linux ] && ! command -v nvidia-smi >/d
                        echo https://download.pytorch.org/whl/cpu)
 
 NOTEBOOK     ?= notebooks/00_one_token.ipynb
+NOTEBOOKS    ?= notebooks/*.ipynb
 JUPYTER_ARGS ?=
 PYTEST_ARGS  ?=
 BENCH_ARGS   ?=
@@ -16,6 +17,8 @@ BENCH_ARGS   ?=
 PY     := .venv/bin/python
 PIP    := $(PY) -m pip install --constraint constraints.txt
 NBMAKE := --nbmake --nbmake-timeout=120# seconds a cell
+RUNS   := .cache/notebooks# shipped/ and solved/: the notebooks as they are, and with their exercises done
+MKDOCS := NO_MKDOCS_2_WARNING=1 GPTOSS_LAB_NOTEBOOKS=$(RUNS)/shipped $(PY) -m mkdocs
 CACHE  := $(CURDIR)/.cache
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
@@ -29,6 +32,7 @@ export JUPYTER_RUNTIME_DIR    := $(CACHE)/jupyter/runtime
 export PYTEST_DEBUG_TEMPROOT  := $(CACHE)
 export TORCHINDUCTOR_CACHE_DIR := $(CACHE)/torchinductor
 export TRITON_CACHE_DIR       := $(CACHE)/triton
+export GPTOSS_LAB_CACHE       := $(CACHE)/gptoss_lab
 unexport PYTHONPATH PYTHONHOME
 
 help: ## print this list
@@ -40,25 +44,39 @@ lab: .venv/ok ## open JupyterLab on the first notebook (NOTEBOOK=..., JUPYTER_AR
 	@$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/$(NOTEBOOK) \
 	    --log-level=WARN -y $(NO_BROWSER) $(ALLOW_ROOT) $(JUPYTER_ARGS)
 
-test: .venv/ok ## check the style, run every test and every notebook (PYTEST_ARGS='-k sink')
+test: .venv/ok ## check the style, run every notebook and every test (PYTEST_ARGS='-k sink': those tests alone)
 	$(PY) -m ruff check .
-	$(PY) -m pytest $(NBMAKE) tests notebooks $(PYTEST_ARGS)
+	$(if $(PYTEST_ARGS),,$(MAKE) --no-print-directory $(RUNS)/ok)
+	$(if $(PYTEST_ARGS),,GPTOSS_LAB_NOTEBOOKS=$(RUNS)/shipped) $(PY) -m pytest tests $(PYTEST_ARGS)
+
+# Every notebook twice: as it is, and with each exercise answered wrongly and then rightly. One thread each, side by side.
+$(RUNS)/ok: .venv/ok tests/runs.py $(wildcard notebooks/*.ipynb) $(shell find gptoss_lab -type f ! -name '*.pyc')
+	$(PY) tests/runs.py make $(RUNS)
+	GPTOSS_LAB_STILL=1 $(PY) -m pytest $(NBMAKE) --overwrite $(RUNS)/shipped/*.ipynb & shipped=$$!; \
+	$(PY) -m pytest -o cache_dir=.cache/pytest-solved $(NBMAKE) $(RUNS)/solved/*.ipynb; solved=$$?; wait $$shipped && exit $$solved
+	@touch $@
+
+docs: .venv/ok $(RUNS)/ok ## build the site from a fresh run of the notebooks, into .cache/site
+	$(MKDOCS) build --strict --site-dir .cache/site
+
+docs-serve: .venv/ok $(RUNS)/ok ## show the site on this machine, and follow what changes
+	$(MKDOCS) serve
 
 bench: .venv/ok ## time it against other libraries, where they are installed (BENCH_ARGS=...)
 	$(PY) -m bench $(BENCH_ARGS)
 
-notebooks: .venv/ok ## run the notebooks and keep their outputs, less what differs from run to run
-	$(PY) -m pytest $(NBMAKE) --overwrite notebooks
-	$(PY) -m nbstripout --keep-output --keep-count \
-	    --extra-keys 'cell.metadata.execution metadata.language_info.version' notebooks/*.ipynb
+notebooks: .venv/ok ## run them and keep their outputs, less what differs from run to run (NOTEBOOKS=...)
+	$(PY) -m pytest $(NBMAKE) --overwrite $(NOTEBOOKS)
+	$(PY) tests/runs.py clean $(NOTEBOOKS)
 
 clean: ## remove .venv and .cache
 	rm -rf .venv .cache
 
 # A notebook opened by `make lab` may load a checkpoint: those stay where Hugging Face keeps them (HF_HOME).
 lab: export TIKTOKEN_CACHE_DIR ?= $(CACHE)/tiktoken
-test bench notebooks: export HF_HOME := $(CACHE)/huggingface
-test bench notebooks: export XDG_CACHE_HOME := $(CACHE)
+test bench notebooks docs docs-serve: export HF_HOME := $(CACHE)/huggingface
+test bench notebooks docs docs-serve: export XDG_CACHE_HOME := $(CACHE)
+$(RUNS)/ok notebooks: export OMP_NUM_THREADS := 1# sums in the same order on every machine
 notebooks: export GPTOSS_LAB_STILL := 1# explorers are kept as pictures: a widget without its kernel shows an error
 
 NO_BROWSER = $(shell [ "$$(uname -s)" = Linux ] && [ -z "$$DISPLAY$$WAYLAND_DISPLAY" ] \
@@ -99,7 +117,7 @@ endif
 	    timeout 12 $(PY) -m pip index versions --retries 0 --timeout 10 --index-url $(TORCH_INDEX) torch \
 	        >/dev/null 2>&1 && $(PIP) --no-deps --index-url $(TORCH_INDEX) torch; } || \
 	    echo "$(TORCH_INDEX) gave no torch: taking it from the default index, which may bring CUDA."
-	@$(PIP) -qq --editable '.[notebooks,hub,tests]'
+	@$(PIP) -qq --editable '.[notebooks,hub,tests,docs]'
 	@rm .venv/unfinished; pwd -P >$@
 
-.PHONY: help lab test bench notebooks clean
+.PHONY: help lab test docs docs-serve bench notebooks clean

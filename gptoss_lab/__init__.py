@@ -5,7 +5,7 @@
 >>> with lab.record(model, "blocks.1.attn.hook_pattern") as acts:
 ...     logits = model(torch.arange(20)[None])
 """
-from .checkpoint import CheckpointError, load
+from .checkpoint import CheckpointError, chosen, load
 from .config import Config, ConfigError, Yarn
 from .generate import generate, stream
 from .hooks import Activations, HookPoint, cost, edit, record
@@ -15,4 +15,4 @@ from .saving import save
 
 __version__ = "0.1.0"
 __all__ = ["Activations", "CheckpointError", "Config", "ConfigError", "GptOss", "HookPoint", "KVCache", "Yarn",
-           "cost", "edit", "generate", "load", "record", "save", "stream"]  # fmt: skip
+           "chosen", "cost", "edit", "generate", "load", "record", "save", "stream"]  # fmt: skip

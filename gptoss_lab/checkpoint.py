@@ -1,5 +1,6 @@
 """Checkpoint folders -> GptOss. Everything is checked before anything is allocated or read."""
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -109,6 +110,11 @@ def match(config: Config, stored: dict[str, Stored], source: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------- loading
+
+
+def chosen(default: str) -> str:
+    """The model that the environment variable GPTOSS_LAB_MODEL names, or `default`: one notebook, many models."""
+    return os.environ.get("GPTOSS_LAB_MODEL") or default
 
 
 def load(

@@ -42,6 +42,11 @@ def _parser() -> argparse.ArgumentParser:
     sub.add_argument("--sha256", action="store_true", help="also read every byte and compare checksums")
     device(sub)
     command("hooks", _hooks, "list every hook point")
+    sub = command("synth", _synth, "write a checkpoint of published shapes with random contents, to measure with")
+    sub.add_argument("folder", help="gone on with if it was begun")
+    sub.add_argument("--like", choices=("gpt-oss-20b", "gpt-oss-120b", "tiny"), default="gpt-oss-20b")
+    sub.add_argument("--layers", type=int, metavar="N", help="only so many layers")
+    sub.add_argument("--seed", type=int, default=0, metavar="N")
     for name, run, text in (
         ("generate", _generate, "continue a text"),
         ("chat", _chat, "talk in the Harmony format; Ctrl-C stops an answer, Ctrl-D ends"),
@@ -111,6 +116,20 @@ def _hooks(options):
     from .hooks import HookPoints
 
     print(HookPoints(1))
+
+
+def _synth(options):
+    from .config import TINY, published
+    from .synth import synthesise
+
+    config = TINY if options.like == "tiny" else published(options.like)
+    n = config.n_layers if options.layers is None else options.layers
+    if not 1 <= n <= config.n_layers:
+        raise ValueError(f"--layers {n}: {options.like} has 1 to {config.n_layers}")
+    config = config.with_(n_layers=n, layer_types=config.layer_types[:n])
+    folder = synthesise(config, options.folder, options.seed)
+    n_bytes = sum(path.stat().st_size for path in folder.iterdir())
+    print(f"{folder}: {options.like} with {n} layers and random contents, {n_bytes:,} bytes")
 
 
 def _device(options) -> str:

@@ -21,7 +21,7 @@ from .model import Experts, GptOss
 from .shards import CODES, INDEX, SUMS, progress, sha256, write_file
 
 # openai/gpt-oss-20b, config.json
-_QUANTIZATION = {
+QUANTIZATION = {
     "quant_method": "mxfp4",
     "modules_to_not_convert": [
         "model.layers.*.self_attn",
@@ -113,7 +113,7 @@ def _documents(model: GptOss, layout: str, files: dict[str, list[tuple]]) -> dic
     else:
         documents["config.json"] = to_hf(config) | {"dtype": str(model.dtype).removeprefix("torch.")}
     if layout == "hf-mxfp4":
-        documents["config.json"]["quantization_config"] = _QUANTIZATION
+        documents["config.json"]["quantization_config"] = QUANTIZATION
     if len(files) > 1:
         documents[INDEX] = {
             "metadata": {"total_size": sum(map(_n_bytes, entries))},

@@ -247,6 +247,17 @@ def sha256(path: Path, note: Callable = lambda n: None) -> str:
 # ------------------------------------------------------------------------------------------ writing
 
 
+def header_of(entries: list[tuple[str, str, tuple[int, ...]]]) -> bytes:
+    """The beginning of a file with these tensors (name, code of the dtype, shape), one after the other."""
+    header, end = {}, 0
+    for name, code, shape in entries:
+        begin, end = end, end + math.prod(shape) * DTYPES[code].itemsize
+        header[name] = {"dtype": code, "shape": shape, "data_offsets": (begin, end)}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(8 + len(text)) % 8)
+    return struct.pack("<Q", len(text)) + text
+
+
 def write_file(
     path: Path, entries: list[tuple], tensor: Callable[[str], Tensor], note: Callable = lambda n: None
 ) -> str:
@@ -257,12 +268,6 @@ def write_file(
     Wider numbers come first, as in files of the library, so that each begins at a multiple of its width.
     """
     entries = sorted(entries, key=lambda entry: -entry[1].itemsize)
-    header, end = {}, 0
-    for name, dtype, shape in entries:
-        begin, end = end, end + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": CODES[dtype], "shape": shape, "data_offsets": (begin, end)}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(8 + len(text)) % 8)
     digest = hashlib.sha256()
 
     with open(path, "wb") as file:
@@ -271,7 +276,7 @@ def write_file(
             digest.update(data)
             file.write(data)
 
-        put(struct.pack("<Q", len(text)) + text)
+        put(header_of([(name, CODES[dtype], shape) for name, dtype, shape in entries]))
         for name, dtype, shape in entries:
             value = tensor(name)
             assert value.dtype == dtype and tuple(value.shape) == tuple(shape), name

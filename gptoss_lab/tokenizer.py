@@ -65,7 +65,7 @@ def o200k_harmony() -> "tiktoken.Encoding":
     Raises:
         VocabularyMissing: no valid copy in the cache folder, and the network does not answer.
 
-    Example:
+    Examples:
         >>> o200k_harmony().encode_ordinary("Roses are red")  # doctest: +SKIP
         [49, 14301, 553, 3592]
     """
@@ -100,7 +100,7 @@ def special(encoding: "tiktoken.Encoding", name: str) -> int:
     Raises:
         ValueError: `encoding` has no special token of that name.
 
-    Example:
+    Examples:
         >>> special(tiny(), "<|start|>")
         507
     """
@@ -125,7 +125,7 @@ def build(pieces: list[str], name: str) -> "tiktoken.Encoding":
         ValueError: a piece is listed twice, is a single byte, or is one that `PATTERN` would cut apart and so
             could never be a token.
 
-    Example:
+    Examples:
         >>> roses = build(["Roses", " are", " red"], "roses")
         >>> roses.n_vocab, roses.encode_ordinary("Roses are red!")
         (269, [256, 257, 258, 33])
@@ -160,7 +160,7 @@ def tiny() -> "tiktoken.Encoding":
     The pieces are the words and signs of the texts that the model is trained on, listed in tiny/words.py.
     Most of the bytes are not: their embeddings stay nearly what they were before training.
 
-    Example:
+    Examples:
         >>> tiny().n_vocab, tiny().encode_ordinary("One dog saw a red fish")
         (512, [471, 288, 333, 350, 296, 291])
     """
@@ -175,7 +175,7 @@ def save(encoding: "tiktoken.Encoding", folder: str | Path) -> Path:
     Raises:
         OSError: the folder is missing or cannot be written.
 
-    Example:
+    Examples:
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save(tiny(), folder).name, load(folder).n_vocab
         ('tokenizer.tiktoken.json', 512)
@@ -205,7 +205,7 @@ def load(folder: str | Path) -> "tiktoken.Encoding | None":
     Raises:
         ValueError: the file is there and does not describe a vocabulary.
 
-    Example:
+    Examples:
         >>> load("no such folder") is None
         True
     """

@@ -204,3 +204,11 @@ def test_the_lens_is_drawn_as_a_table_of_words(model):
     assert len(ax.texts) == 9 * 12 and "random weights" in picture.get_suptitle()
     assert ax.get_yticklabels()[0].get_text() == "embed" and bar.get_ylabel() == "probability"
     assert picture.png()[:4] == b"\x89PNG"
+
+
+def test_the_table_of_a_row_that_was_not_read_is_refused(model):
+    x = tokens()
+    lens = LogitLens.measure(model, x)
+    for other, row in ((x, len(x)), (x[:, 1:], 0)):
+        with pytest.raises(ValueError, match="were read"):
+            lens.plot(None, other, row=row)

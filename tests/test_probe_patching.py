@@ -1,4 +1,6 @@
 """Patching, its first-order estimate, and single paths."""
+import re
+
 import pytest
 import torch
 from models import one_thread, random_model, random_tokens, tiny_config  # noqa: F401
@@ -187,3 +189,13 @@ def test_a_frozen_model_has_no_attribution():
     with pytest.raises(ValueError, match="requires a gradient"):
         attribution(model, TOKENS, other=OTHER, metric=METRIC)
     assert patching.STREAM
+
+
+@pytest.mark.parametrize("about, says", [
+    ({"sender": "blocks.9.attn"}, "sender = 'blocks.9.attn'"), ({"sender": "attn"}, "must be blocks.L.attn or blocks.L.mlp"),
+    ({"sender": "blocks.1.mlp", "head": 0}, "head = 0 of blocks.1.mlp"), ({"sender": "blocks.1.attn", "head": 99}, "head = 99"),
+    ({"sender": "blocks.1.attn", "expert": 0}, "expert = 0 of blocks.1.attn"),
+])  # fmt: skip
+def test_a_sender_that_does_not_exist_is_named(model, about, says):
+    with pytest.raises(ValueError, match=re.escape(says)):
+        path_patching(model, TOKENS, other=OTHER, metric=METRIC, **about)

@@ -386,3 +386,8 @@ def test_values_that_are_not_numbers_are_named():
     lost = {"blocks.0.hook_resid_post": lambda x: x * torch.nan}
     with edit(model(), lost), pytest.raises(ValueError, match=r"blocks.1.attn.hook_(pattern|sink_mass) holds NaN"):
         Sinks.measure(model(), TOKENS)
+
+
+def test_an_edit_of_a_model_in_the_place_of_a_layer_is_refused():
+    with pytest.raises(TypeError, match="layer = GptOss: an edit is made for a layer's number"):
+        remove(model())

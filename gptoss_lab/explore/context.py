@@ -1,4 +1,6 @@
 """What does a text beyond the trained length cost, with positions stretched in one way or another?"""
+from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -6,7 +8,7 @@ from torch import nn
 
 from ..probes.long_texts import LossByPosition
 from ..probes.yarn import COLOURS, DASHES, WAYS, as_loaded, trained_length
-from .panel import Explorer, OneOf, Whole
+from .panel import Explorer, OneOf, Whole, small
 from .texts import random_tokens
 
 if TYPE_CHECKING:
@@ -16,8 +18,9 @@ ROWS = 2
 
 
 def context(
-    model: nn.Module, way: str = "yarn", *, factor: int = 4, period: int | None = None, live: bool | None = None
-) -> Explorer:
+    model: nn.Module, way: str = "yarn", *, factor: int = 4, period: int | None = None, live: bool | None = None,
+    kept: Mapping[str, Sequence] | None = None, note: str = "",
+) -> Explorer:  # fmt: skip
     """Choose a way of stretching positions and how far; see the loss along a text of that length.
 
     Args:
@@ -25,6 +28,8 @@ def context(
         factor: text length over trained length: 1, 2, 4, 8, and on to the model's own.
         period: the text is this many random tokens, again and again; None: 24, or less in a short context.
         live: answer at every change; None: if the model is small.
+        kept: the values of which a notebook that is run to be kept shows the pictures; None: two ways and four factors.
+        note: ends the title and says whose values they are.
 
     Raises:
         ValueError: no such way or factor; a period that does not fit.
@@ -35,7 +40,10 @@ def context(
     factors = [2**i for i in range(int(reach).bit_length())]
     controls = {"way": OneOf(way, WAYS), "factor": OneOf(factor, factors),
                 "period": Whole(min(24, trained // 2) if period is None else period, 2, trained // 2)}  # fmt: skip
-    return Explorer("a longer context", model, context_picture, controls, live=live)
+    if kept is None:
+        kept = {"way": ["interpolation", "yarn"], "factor": factors[:4]}
+    draw = partial(context_picture, model, note=note)
+    return Explorer("a longer context", draw, controls, live=small(model) if live is None else live, kept=kept)
 
 
 def stretched(model: nn.Module, way: str, factor: float, period: int) -> LossByPosition:
@@ -56,7 +64,7 @@ def stretched(model: nn.Module, way: str, factor: float, period: int) -> LossByP
     return LossByPosition.measure(model, tokens, ways=tuple(dict.fromkeys(["none", way])), factors=(factor,))
 
 
-def context_picture(model: nn.Module, way: str, factor: float, period: int) -> "Picture":
+def context_picture(model: nn.Module, way: str, factor: float, period: int, *, note: str = "") -> "Picture":
     """The mean loss of each copy, as far as the text goes; dotted: positions as they are.
 
     Raises:
@@ -69,7 +77,7 @@ def context_picture(model: nn.Module, way: str, factor: float, period: int) -> "
     length = found.loss.shape[-1]
     beyond = found.loss[0, ..., trained:].nanmean((1, 2)) if factor > 1 else None
     with _figure(10, 4.2, f"is the text beyond the trained length still copied? {way}, factor {factor:g}: "
-                 "a good way stays low right of the line") as fig:  # fmt: skip
+                 "a good way stays low right of the line", note) as fig:  # fmt: skip
         ax = fig.subplots()
         middle = torch.tensor([(i + min(length, i + period)) / 2 for i in range(0, length, period)])
         for w, one in enumerate(found.ways):

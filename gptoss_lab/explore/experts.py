@@ -1,5 +1,7 @@
 """What changes in the model's predictions when an expert is taken away?"""
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -8,7 +10,7 @@ from torch import Tensor, nn
 from ..hooks import edit, record, unwrapped
 from ..probes.effect import Effect
 from ..probes.router import drop, reweight
-from .panel import Explorer, OneOf, Text, Whole
+from .panel import Explorer, OneOf, Text, Whole, small, spread
 from .texts import check_layer, read
 
 if TYPE_CHECKING:
@@ -39,34 +41,41 @@ class Without:
 
 
 def experts(
-    model: nn.Module, prompt: str = PROMPT, *, layer: int = 0, expert: int | None = None, live: bool | None = None
-) -> Explorer:
+    model: nn.Module, prompt: str = PROMPT, *, layer: int = 0, expert: int | None = None, live: bool | None = None,
+    kept: Mapping[str, Sequence] | None = None, note: str = "",
+) -> Explorer:  # fmt: skip
     """Type a prompt, take an expert away, see the next token and the loss change.
 
     Args:
         expert: None: the first choice of the prompt's last token, found by running the model once.
         live: answer at every change; None: if the model is small.
+        kept: the values of which a notebook that is run to be kept shows the pictures; None: the experts that the last
+            token takes, or with `expert` given eight of all; dropped and silenced.
+        note: ends the title and says whose values they are.
 
     Raises:
         ValueError: no such layer or expert.
     """
     config = unwrapped(model).config
     check_layer(model, layer)
-    expert = _first_choice(model, prompt, layer) if expert is None else expert
+    choices = _choices(model, prompt, layer) if expert is None else spread(config.n_experts, 8)
+    expert = choices[0] if expert is None else expert
     controls = {"prompt": Text(prompt), "layer": Whole(layer, 0, config.n_layers - 1),
                 "expert": Whole(expert, 0, config.n_experts - 1), "way": OneOf(DROP, tuple(WAYS))}  # fmt: skip
-    return Explorer("experts", model, expert_picture, controls, live=live)
+    kept = {"expert": choices, "way": tuple(WAYS)[:2]} if kept is None else kept
+    draw = partial(expert_picture, model, note=note)
+    return Explorer("experts", draw, controls, live=small(model) if live is None else live, kept=kept)
 
 
 @torch.no_grad()
-def _first_choice(model: nn.Module, prompt: str, layer: int) -> int:
+def _choices(model: nn.Module, prompt: str, layer: int) -> list[int]:
     try:
         tokens = read(model, prompt)
     except ValueError:  # the explorer will say so
-        return 0
+        return [0]
     with record(model, ("expert_indices", layer)) as acts:
         model(tokens)
-    return acts["expert_indices", layer][0, -1, 0].item()
+    return acts["expert_indices", layer][0, -1].tolist()
 
 
 @torch.no_grad()
@@ -89,7 +98,9 @@ def without(model: nn.Module, tokens: Tensor, layer: int, expert: int, way: str 
     return Without(before, after, Effect.of(acts, edited), taken)
 
 
-def expert_picture(model: nn.Module, prompt: str, layer: int, expert: int, way: str = DROP) -> "Picture":
+def expert_picture(
+    model: nn.Module, prompt: str, layer: int, expert: int, way: str = DROP, *, note: str = ""
+) -> "Picture":
     """Above: the next token's probabilities. Below: the loss of each token. Grey: the model as it is.
 
     Raises:
@@ -101,9 +112,9 @@ def expert_picture(model: nn.Module, prompt: str, layer: int, expert: int, way: 
     inner, tokens = unwrapped(model), read(model, prompt, least=2)
     found, names = without(model, tokens, layer, expert, way), words(tokens, inner.tokenizer)
     s, share = len(names), int(found.taken.sum())
-    note = f"change of the loss {found.effect.change:+.3f} nats a token"
+    change = f"change of the loss {found.effect.change:+.3f} nats a token"
     done = way.partition(":")[0]
-    with _figure(10, 5.4, f"expert {expert} of layer {layer} ({done}): what hurts without it? {note}") as fig:
+    with _figure(10, 5.4, f"expert {expert} of layer {layer} ({done}): what hurts without it? {change}", note) as fig:
         above, below = fig.subplots(2, 1)
         ids = torch.maximum(found.before, found.after).topk(min(10, len(found.before))).indices
         at = torch.arange(len(ids)).numpy()

@@ -44,13 +44,14 @@ def random_tokens(model: nn.Module, rows: int, length: int, seed: int = 0) -> Te
 
 
 def check_layer(model: nn.Module, layer: int, **part: int) -> None:
-    """Is there such a layer, and such a head or expert in it: `check_layer(model, 2, head=5)`?
+    """Is there such a layer, and such a head, group or expert in it: `check_layer(model, 2, head=5)`?
 
     Raises:
         ValueError: there is not.
     """
     config = unwrapped(model).config
-    sizes = {"layer": config.n_layers, "head": config.n_heads, "expert": config.n_experts}
+    sizes = {"layer": config.n_layers, "head": config.n_heads, "expert": config.n_experts,
+             "group": config.n_kv_heads}  # fmt: skip
     for name, value in {"layer": layer, **part}.items():
         if not 0 <= value < sizes[name]:
             raise ValueError(f"{name} {value} does not exist: this model has {name}s 0 to {sizes[name] - 1}")

@@ -1,6 +1,8 @@
 """Which heads copy when other layers slide, or their window is wider or narrower?"""
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -10,7 +12,7 @@ from ..config import SLIDING
 from ..hooks import record, unwrapped
 from ..probes.heads import HeadScores, repeated
 from ..probes.windowed import windowed
-from .panel import Explorer, Some, Whole
+from .panel import Explorer, Some, Whole, small
 from .texts import check_layer, random_tokens
 
 if TYPE_CHECKING:
@@ -37,14 +39,18 @@ class Copying:
 
 def window(
     model: nn.Module, *, period: int | None = None, layer: int | None = None, head: int | None = None,
-    live: bool | None = None,
+    sliding: Sequence[int] | None = None, live: bool | None = None, kept: Mapping[str, Sequence] | None = None,
+    note: str = "",
 ) -> Explorer:  # fmt: skip
     """Move the window or choose which layers slide; see an induction head, and the loss of a repeated text.
 
     Args:
         period: random tokens in one copy; None: 24, or what the context holds.
         layer, head: the head shown; None: the one that copies best, found by running the model once.
+        sliding: the layers that slide at first; None: the model's own.
         live: answer at every change; None: if the model is small.
+        kept: the values of which a notebook that is run to be kept shows the pictures; None: some windows, from 1 on.
+        note: ends the title and says whose values they are.
 
     Raises:
         ValueError: no such layer or head; a period that the context does not hold twice.
@@ -59,14 +65,19 @@ def window(
         scores = copied(model, _text(model, period), period, 0, 0).scores
         layer, head = max(((l, h) for l in layers for h in heads), key=lambda at: scores[at].item())
     own = max(1, config.sliding_window)
-    slides = tuple(i for i, kind in enumerate(config.layer_types) if kind == SLIDING)
+    if sliding is None:
+        sliding = [i for i, kind in enumerate(config.layer_types) if kind == SLIDING]
     controls = {
-        "sliding": Some(slides, config.n_layers),
+        "sliding": Some(tuple(sliding), config.n_layers),
         "window": Whole(own, 1, max(own, min(config.n_ctx, 2 * longest))),
         "period": Whole(period, 2, longest), "layer": Whole(layer, 0, config.n_layers - 1),
         "head": Whole(head, 0, config.n_heads - 1),
     }  # fmt: skip
-    return Explorer("the sliding window", model, window_picture, controls, live=live)
+    if kept is None:
+        widest = controls["window"].high
+        kept = {"window": [keys for keys in (1, 2, 4, 8, 16, 24, 32, 48, 128) if keys <= min(widest, 2 * period)]}
+    draw = partial(window_picture, model, note=note)
+    return Explorer("the sliding window", draw, controls, live=small(model) if live is None else live, kept=kept)
 
 
 @torch.no_grad()
@@ -87,8 +98,9 @@ def copied(model: nn.Module, tokens: Tensor, period: int, layer: int, head: int)
 
 
 def window_picture(
-    model: nn.Module, sliding: Iterable[int], window: int, period: int, layer: int, head: int
-) -> "Picture":
+    model: nn.Module, sliding: Iterable[int], window: int, period: int, layer: int, head: int, *,
+    note: str = "",
+) -> "Picture":  # fmt: skip
     """As the model is and with other windows: one head's pattern, every head's induction score, the loss.
 
     Args:
@@ -110,7 +122,7 @@ def window_picture(
         windows = [config.window(i) for i in range(config.n_layers)]
     title = f"does layer {layer}, head {head} still copy? its stripe is {period - 1} tokens back; "
     title += f"score {before.scores[layer, head]:.2f} → {after.scores[layer, head]:.2f}"
-    with _figure(10.5, 6, title) as fig:
+    with _figure(10.5, 6, title, note) as fig:
         grid = fig.add_gridspec(2, 4, width_ratios=[2, 2, 1, 1], height_ratios=[1.5, 1])
         patterns = [fig.add_subplot(grid[0, i]) for i in (0, 1)]
         scores = [fig.add_subplot(grid[0, i]) for i in (2, 3)]
@@ -137,7 +149,8 @@ def window_picture(
         below.axvline(period - 0.5, color=STREAM, lw=0.8)
         below.set(xlabel="position of the token (line: the second copy begins)", ylabel="loss, nats a token",
                   xlim=(0, tokens.shape[1]))  # fmt: skip
-        below.set_ylim(bottom=0)
+        top = 1.5 * math.log(config.d_vocab)  # alike for all windows, so that they can be compared
+        below.set_ylim(0, max(top, 1.05 * before.loss.max().item(), 1.05 * after.loss.max().item()))
         below.legend(loc="lower left")
     return fig
 

@@ -4,8 +4,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..rope import rotate
+from . import cpu
 
 # ------------------------------------------------------------------------------------------ products
+
+
+FEW = 8  # rows for which a weight is widened while it is read; more share a widened copy
+
+
+def narrow_serves(x: Tensor, weight: Tensor) -> bool:
+    """A large bfloat16 weight, which PyTorch reads at half the speed of the memory for one row."""
+    large = weight.dtype == torch.bfloat16 and weight.numel() >= 2**20
+    return large and by_hand(x) and cpu.serves(weight)
 
 
 def product_is_turned(n: int, d_in: int, d_out: int, x: Tensor) -> bool:
@@ -17,6 +27,9 @@ def product_is_turned(n: int, d_in: int, d_out: int, x: Tensor) -> bool:
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear, for few rows as weight @ x.T instead of x @ weight.T, in half the time.   [.. in] -> [.. out]"""
     n = x.shape[:-1].numel()
+    if n <= FEW and narrow_serves(x, weight):
+        y = cpu.bf16_product(x.reshape(n, -1), weight).view(*x.shape[:-1], -1)
+        return (y if bias is None else y + bias).to(x.dtype)
     if not product_is_turned(n, x.shape[-1], weight.shape[0], x):
         return F.linear(x, weight, bias)
     columns = x.reshape(n, -1)
@@ -87,9 +100,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Tensor) -
 
 # ------------------------------------------------------------------------------------------ experts
 
+PIECE = 256  # rows of a matrix unpacked at a time: 3 MB in float32 at the published width
+
 
 def mix(moe, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """The chosen experts, each over the tokens that chose it.   x [b s d], indices and weights [b s k] -> [b s d]"""
+    if packed_serves(moe, x):
+        return mix_packed(moe, x, indices, weights)
     tokens, experts = x.flatten(0, 1), indices.flatten()
     d_out, d_in = moe.gate_up.bias.shape[1], tokens.shape[1]
     if tokens.shape[0] == 1 and by_hand(x) and product_is_turned(1, d_in, d_out, x):
@@ -119,6 +136,44 @@ def mix_one_token(moe, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
     pairs = post.unsqueeze(1).expand(-1, 2, -1).contiguous().mT.unbind()
     y = torch.stack([torch.mm(moe.down.matrix(expert), pair) for expert, pair in zip(chosen, pairs)]).select(-1, 0)
     return torch.mm(weights, y + moe.down.bias[experts])
+
+
+def packed_serves(moe, x: Tensor) -> bool:
+    """MXFP4 as it is stored, with what multiplies it without unpacking it whole."""
+    if not (moe.gate_up.packed and moe.down.packed and by_hand(x) and x.dtype in (torch.float32, torch.bfloat16)):
+        return False
+    return cpu.serves(moe.gate_up.blocks, moe.gate_up.scales, moe.down.blocks, moe.down.scales)
+
+
+def mix_packed(moe, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+    """As `mix`; sums in float32, rounded to x's dtype where the readable way rounds."""
+    (n, d), k, experts = x.flatten(0, 1).shape, indices.shape[-1], indices.flatten()
+    at = torch.arange(n * k)
+    h = packed_product(moe.gate_up, x.reshape(n, d), experts, at // k) + moe.gate_up.bias[experts]
+    post = swiglu(h.to(x.dtype), moe.config)
+    y = (packed_product(moe.down, post, experts, at) + moe.down.bias[experts]).to(x.dtype)
+    return torch.bmm(weights.reshape(n, 1, k), y.view(n, k, d)).view_as(x)
+
+
+def packed_product(layer, x: Tensor, experts: Tensor, rows: Tensor) -> Tensor:
+    """Row rows[i] of x through expert experts[i].   x [m in], experts and rows [n] -> [n out] float32
+
+    A vector or a few are multiplied by the packed numbers; many by a piece of the matrix that stays in the cache.
+    """
+    order = experts.argsort(stable=True)
+    y, begin = torch.empty(len(experts), layer.bias.shape[1]), 0
+    for expert, count in enumerate(experts.bincount(minlength=len(layer.bias)).tolist()):
+        mine = slice(begin, begin := begin + count)
+        if count > FEW:
+            part = x.index_select(0, rows[order[mine]]).float()
+            for at in range(0, y.shape[1], PIECE):
+                piece = slice(at, at + PIECE)
+                w = cpu.unpack(layer.blocks[expert, piece], layer.scales[expert, piece])
+                y[mine, piece] = part @ w.T
+    few = experts.bincount(minlength=len(layer.bias))[experts[order]] <= FEW
+    if few.any():
+        y[few] = cpu.multiply(layer.blocks, layer.scales, experts[order][few], rows[order][few], x)
+    return torch.empty_like(y).index_copy_(0, order, y)
 
 
 def swiglu(h: Tensor, config) -> Tensor:

@@ -12,7 +12,7 @@ works with `tokenizer.o200k_harmony()` and with `tokenizer.tiny()` alike.
 The format: https://github.com/openai/harmony/blob/main/docs/format.md. What it leaves open is settled as the
 openai-harmony package 0.0.8 does it; where this package differs, the docstring says so.
 
-Example:
+Examples:
     >>> from gptoss_lab.tokenizer import tiny
     >>> talk = [Message("user", "Roses are"), Message("assistant", "red", channel="final")]
     >>> render_text(talk, next_role=None)

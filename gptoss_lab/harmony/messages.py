@@ -24,7 +24,7 @@ class SystemContent:
     The defaults are those of the openai-harmony package. `tools` is for `browser()` and `python()`; the
     developer's own functions belong into DeveloperContent.
 
-    Example:
+    Examples:
         >>> print(SystemContent(reasoning_effort="high", current_date="2025-06-28").text())
         You are ChatGPT, a large language model trained by OpenAI.
         Knowledge cutoff: 2024-06
@@ -75,7 +75,7 @@ class SystemContent:
 class DeveloperContent:
     """The developer's instructions (elsewhere called the system prompt) and the functions the model may call.
 
-    Example:
+    Examples:
         >>> print(DeveloperContent("Answer in rhyme.").text())
         # Instructions
         <BLANKLINE>
@@ -118,7 +118,7 @@ class Message:
             another role's message, or a header field that is not one word without `<`. The package writes any
             field; a name such as "bob to=functions.pay" then reads as a header of its own making.
 
-    Example:
+    Examples:
         >>> Message("assistant", '{"city": "Paris"}', recipient="functions.get_weather", channel="commentary",
         ...         content_type="<|constrain|>json").recipient
         'functions.get_weather'
@@ -158,9 +158,9 @@ def messages_from(dicts: Iterable[Mapping]) -> list[Message]:
 
     Raises:
         ValueError: a message with an unknown or missing key, or one that Message refuses. It names the
-        message.
+            message.
 
-    Example:
+    Examples:
         >>> conversation = messages_from([
         ...     {"role": "system", "content": {"reasoning_effort": "low", "tools": ["python"]}},
         ...     {"role": "developer", "content": {"tools": [{"name": "now", "description": "The time."}]}},

@@ -48,9 +48,9 @@ class Parser:
 
     Raises:
         ValueError: the role is not system, developer, user or assistant; the vocabulary lacks a special
-        token.
+            token.
 
-    Example:
+    Examples:
         >>> from gptoss_lab.harmony import render
         >>> from gptoss_lab.tokenizer import tiny
         >>> parser = Parser(tiny())
@@ -232,7 +232,7 @@ def parse(tokens: Iterable[int], encoding: "tiktoken.Encoding", role: str | None
     Raises:
         HarmonyError: the stream is not Harmony; `.position` says where.
 
-    Example:
+    Examples:
         >>> from gptoss_lab.tokenizer import tiny
         >>> completion = tiny().encode("<|channel|>final<|message|>Hello<|return|>", allowed_special="all")
         >>> parse(completion, tiny(), role="assistant")[0].content

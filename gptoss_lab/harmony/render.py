@@ -37,7 +37,7 @@ def render(
     Raises:
         ValueError: an unknown role or way to drop; a special token that `encoding` lacks.
 
-    Example:
+    Examples:
         >>> from gptoss_lab.tokenizer import tiny
         >>> tiny().decode(render([Message("user", "Hello <|end|>")], tiny()))
         '<|start|>user<|message|>Hello <|end|><|end|><|start|>assistant'
@@ -54,7 +54,7 @@ def render_text(
 
     Do not encode it: a `<|end|>` that somebody typed looks here like the token that ends a message.
 
-    Example:
+    Examples:
         >>> render_text([Message("user", "Hello")])
         '<|start|>user<|message|>Hello<|end|><|start|>assistant'
     """
@@ -70,7 +70,7 @@ def render_for_training(
     ends the conversation, so the model learns to think from what it will see. "openai" is the package's
     default; it also leaves out the chain of thought of a single turn, the very one to be learnt.
 
-    Example:
+    Examples:
         >>> from gptoss_lab.tokenizer import tiny
         >>> tiny().decode(render_for_training([Message("assistant", "Hello", channel="final")], tiny()))
         '<|start|>assistant<|channel|>final<|message|>Hello<|return|>'
@@ -85,7 +85,7 @@ def render_for_training(
 def render_message(message: Message, encoding: "tiktoken.Encoding", *, has_function_tools: bool = False) -> list[int]:
     """The tokens of one message. `has_function_tools` adds the line about functions to a system message.
 
-    Example:
+    Examples:
         >>> from gptoss_lab.tokenizer import tiny
         >>> render_message(Message("user", "One red fish"), tiny())
         [507, 449, 509, 471, 296, 291, 508]
@@ -96,7 +96,7 @@ def render_message(message: Message, encoding: "tiktoken.Encoding", *, has_funct
 def stop_tokens(encoding: "tiktoken.Encoding") -> tuple[int, int]:
     """The ids that end an assistant's turn: `<|return|>` (it has answered), `<|call|>` (it waits for a tool).
 
-    Example:
+    Examples:
         >>> from gptoss_lab.tokenizer import tiny
         >>> stop_tokens(tiny())
         (504, 510)

@@ -32,7 +32,7 @@ class Namespace:
 def functions(*tools: Tool) -> Namespace:
     """The namespace that a developer's own functions live in.
 
-    Example:
+    Examples:
         >>> print(tools_section([functions(Tool("now", "The time of day."))]))
         # Tools
         <BLANKLINE>
@@ -51,7 +51,7 @@ def functions(*tools: Tool) -> Namespace:
 def browser() -> Namespace:
     """The browser that gpt-oss was trained with, for a system message (text: openai-harmony 0.0.8).
 
-    Example:
+    Examples:
         >>> [tool.name for tool in browser().tools]
         ['search', 'open', 'find']
     """
@@ -116,7 +116,7 @@ def browser() -> Namespace:
 def python() -> Namespace:
     """The python that gpt-oss was trained with, for a system message (text: openai-harmony 0.0.8).
 
-    Example:
+    Examples:
         >>> python().tools
         ()
     """
@@ -166,7 +166,7 @@ def typescript(schema: dict, indent: str = "") -> str:
     Raises:
         ValueError: a default is NaN or infinite, which JSON cannot hold.
 
-    Example:
+    Examples:
         >>> print(typescript({
         ...     "type": "object",
         ...     "properties": {

@@ -3,7 +3,9 @@
     router.py             which experts a token takes; drop, force, re-weight    Routing, drop, force, reweight
     specialisation.py     what an expert tells about a label                     Specialisation
     effect.py             what an edit changes, by label                         Effect
+    needed.py             which labels need which expert                         Needed
     sinks.py              mass on sinks, resting heads; remove, zero, swap       Sinks, remove, zero, swap
+    volume.py             a head as quiet as on average, without its sink        fixed_volume
     windows.py            how far back heads look                                Distances
     receptive_field.py    which positions can and do influence an output         ReceptiveField, reachable
     windowed.py           another window: which heads move                       windowed, Moved

@@ -79,10 +79,16 @@ class LogitLens(Result):
         return frame(columns | {name: x[:, row].flatten() for name, x in values.items()})
 
     def plot(self, encoding, tokens: Tensor, row: int = 0, note: str = ""):
-        """A table: each reading's likeliest token at each position, darker where it is surer."""
+        """A table: each reading's likeliest token at each position, brighter where it is surer. tokens [b s] as run.
+
+        Raises:
+            ValueError: other tokens than were read, or no such row.
+        """
         from ..show import words
         from ..show.maps import table
 
+        if tuple(tokens.shape) != tuple(self.kl.shape[1:]) or not 0 <= row < len(tokens):
+            raise ValueError(f"row {row} of tokens {tuple(tokens.shape)}: {tuple(self.kl.shape[1:])} were read")
         cells = [words(ids, encoding) for ids in self.top_ids[:, row, :, 0]]
         return table(self.top_prob[:, row, :, 0], cells, self.labels, words(tokens[row], encoding),
                      title="the likeliest next token, layer by layer: where does the answer appear?",

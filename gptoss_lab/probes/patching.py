@@ -1,4 +1,5 @@
 """Which values carry the answer? Put those of another text into this one, place by place, and see what turns."""
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -150,9 +151,10 @@ def path_patching(
         [b]: 0 leaves the metric as on the clean text, 1 moves it to that on the other.
 
     Raises:
-        ValueError: a receiver that does not read the stream after the sender has written.
+        ValueError: no such sender, head or expert; a receiver that does not read the stream after the sender wrote.
     """
-    inner, layer = unwrapped(model), int(sender.split(".")[1])
+    inner = unwrapped(model)
+    layer = _sender(inner, sender, head, expert)
     names = ["*.hook_resid_pre", "*.hook_resid_mid", "*.hook_resid_post"]
     names += [f"{sender}.hook_{name}" for name in
               (("z",) if sender.endswith("attn") else ("expert_out", "expert_weights", "expert_indices"))]  # fmt: skip
@@ -191,6 +193,17 @@ def path_patching(
     if direct is not None:
         logits = logits + direct - model(tokens)  # what the sender tells the logits itself comes on top
     return (metric(logits) - low) / (high - low).mean()
+
+
+def _sender(model: nn.Module, sender: str, head: int | None, expert: int | None) -> int:
+    """The layer of "blocks.1.attn" or "blocks.1.mlp"."""
+    found, config = re.fullmatch(r"blocks\.(\d+)\.(attn|mlp)", sender), model.config
+    if not found or int(found[1]) >= config.n_layers:
+        raise ValueError(f"sender = {sender!r}: must be blocks.L.attn or blocks.L.mlp, L 0 to {config.n_layers - 1}")
+    for name, value, part, n in ("head", head, "attn", config.n_heads), ("expert", expert, "mlp", config.n_experts):
+        if value is not None and (found[2] != part or not 0 <= value < n):
+            raise ValueError(f"{name} = {value} of {sender}: an {part} has {name}s 0 to {n - 1}, and no other part has")
+    return int(found[1])
 
 
 def wrong_position(positions: Sequence[int], tokens: Tensor) -> bool:

@@ -183,6 +183,9 @@ def _put(layer: int | None, heads: int | Sequence[int] | None, logit: float) -> 
 
 
 def _point(layer: int | None) -> str:
+    if layer is not None and not isinstance(layer, int):
+        raise TypeError(f"layer = {type(layer).__name__}: an edit is made for a layer's number, or for all with None; "
+                        "it meets its model in lab.edit(model, ...)")  # fmt: skip
     return f"blocks.{'*' if layer is None else layer}.attn.hook_sink_scores"
 
 

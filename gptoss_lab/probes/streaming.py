@@ -200,18 +200,17 @@ class _Block:
         return x.unflatten(2, (self.groups, self.n)).flatten(1, 2)
 
     def quantities(self) -> dict[str, Tensor]:
-        wanted, one = self.stream.quantities, torch.ones_like(self.keys[..., :1])
-        values = [one]
+        wanted, one, values = self.stream.quantities, torch.ones_like(self.keys[..., :1]), {}
+        if "entropy" in wanted:
+            values["entropy"] = self.keys
         if "mean_distance" in wanted:
-            values.append(one * self.distance[-1].to(one.dtype)[:, None])  # from the last query
+            values["mean_distance"] = one * self.distance[-1].to(one.dtype)[:, None]  # from the last query
         if self.stream.labels is not None:
             labels = self.stream.labels[self.begin : self.first + self.n].to(one.device)
-            values.append(one * nn.functional.one_hot(labels, int(self.stream.labels.max()) + 1).to(one.dtype))
-        if "entropy" in wanted:
-            values.append(self.keys)
-        out, lse = self.attend(torch.cat(values, dim=-1), self.visible, self.keys)
-        out = dict(zip(("one", *(n for n in ("mean_distance", "on", "entropy") if n in wanted or (n == "on" and
-                   self.stream.labels is not None))), out.split([v.shape[-1] for v in values], dim=-1)))  # fmt: skip
+            values["on"] = one * nn.functional.one_hot(labels, int(self.stream.labels.max()) + 1).to(one.dtype)
+        every = list(values.values()) or [one]  # the kernel gives lse only beside an output
+        out, lse = self.attend(torch.cat(every, dim=-1), self.visible, self.keys)
+        out = dict(zip(values, out.split([v.shape[-1] for v in every], dim=-1)))
         total = torch.logaddexp(lse, self.sinks)  # of keys and sink together
         on_keys, on_sink = (lse - total).exp(), (self.sinks - total).exp()
 

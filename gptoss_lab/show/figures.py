@@ -46,6 +46,12 @@ def words(tokens: Tensor | Sequence[int], tokenizer: "tiktoken.Encoding | None")
     return ["".join(_visible(letter) for letter in piece) for piece in pieces]
 
 
+def whose(name: str) -> str:
+    """What to call a model in a title: "the tiny model", "random weights", or the last part of its name or path."""
+    known = {"tiny": "the tiny model", "tiny-random": "random weights"}
+    return known.get(name) or name.rstrip("/").rpartition("/")[2]
+
+
 def _visible(letter: str) -> str:
     known = {" ": "␣", "\n": "⏎", "\t": "⇥"}
     return known.get(letter) or (letter if letter.isprintable() else repr(letter)[1:-1])

@@ -50,12 +50,13 @@ class PatternView(View):
 
     @classmethod
     def recorded(
-        cls, acts: "Activations", words: Sequence[str], *, layers: Sequence[int], note: str = ""
-    ) -> "PatternView":
+        cls, acts: "Activations", words: Sequence[str], *, layers: Sequence[int], title: str = "attention pattern",
+        note: str = "",
+    ) -> "PatternView":  # fmt: skip
         """The first row of a recording that holds `pattern` and `sink_mass` of these layers."""
         pattern = torch.stack([acts["pattern", layer][0] for layer in layers])
         sink = torch.stack([acts["sink_mass", layer][0] for layer in layers])
-        return cls(pattern, sink, words, layers=layers, title=noted("attention pattern", note))
+        return cls(pattern, sink, words, layers=layers, title=noted(title, note))
 
     def __repr__(self) -> str:
         return f"PatternView of {self.title}: layers {self.layers}, {len(self.words)} tokens"

@@ -29,7 +29,7 @@ FILE = """\
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta name="color-scheme" content="light dark">
 <meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'">
+ content="default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data:">
 <title>{title}</title></head><body>
 {view}
 </body></html>
@@ -63,6 +63,8 @@ class View:
     def save(self, path: str | Path) -> Path:
         """Write a page that any browser opens, whole or not at all; it is forbidden to load anything."""
         path = Path(path)
+        if not path.parent.is_dir():
+            raise FileNotFoundError(f"{path.parent} is no folder: make it first, or save elsewhere")
         part = path.with_name(f".{path.name}.{os.getpid()}.part")
         try:
             part.write_text(FILE.format(title=html.escape(self.title), view=self._repr_html_()), "utf-8")

@@ -3,6 +3,7 @@
     words.py     its vocabulary          data.py      what it reads: eight domains of seeded text
     train.py     `gptoss-lab train-tiny` measure.py   what it has learnt, as numbers
     card.py      all of it: card.json      page.py      that as docs/tiny.md
+    texts.py     its texts for any model
     weights/     the checkpoint, in Hugging Face's layout
 """
 from pathlib import Path

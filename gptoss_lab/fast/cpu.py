@@ -1,0 +1,124 @@
+"""Products with packed and bfloat16 weights on the CPU, from cpu.cpp: compiled at first use, once a machine.
+
+Where no C++ compiler is found, or GPTOSS_LAB_FAST=0, there is nothing here and the readable way is taken.
+"""
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+SOURCE = Path(__file__).with_name("cpu.cpp")
+
+
+def folder() -> Path:
+    """Where the compiled library is kept: GPTOSS_LAB_CACHE, or gptoss_lab in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(os.environ.get("GPTOSS_LAB_CACHE") or Path(base) / "gptoss_lab")
+
+
+@cache
+def library() -> ctypes.CDLL | None:
+    """The compiled functions; None where they cannot be had."""
+    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
+    if compiler is None or os.environ.get("GPTOSS_LAB_FAST") == "0" or sys.platform == "win32":
+        return None
+    for native in (["-march=native"], []):
+        for parallel in _openmp():
+            if (path := _built(compiler, [*native, *parallel])) is not None:
+                try:
+                    return ctypes.CDLL(str(path))
+                except OSError:  # a library that it wants is not there
+                    continue
+    return None
+
+
+def _openmp() -> list[list[str]]:
+    """Torch's own OpenMP, so that no second pool of threads competes with its; else none."""
+    own = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
+    return [*([["-fopenmp", str(one)] for one in own]), ["-fopenmp"], []]
+
+
+def _built(compiler: str, flags: list[str]) -> Path | None:
+    command = [compiler, "-O3", "-std=c++17", "-fPIC", "-shared", *(f for f in flags if not f.startswith("/"))]
+    libraries = [f for f in flags if f.startswith("/")]
+    try:
+        version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30).stdout
+        key = hashlib.sha256("\n".join([SOURCE.read_text("utf-8"), version, _processor(), *flags]).encode())
+        path = folder() / f"cpu-{key.hexdigest()[:16]}.so"
+        if path.exists():
+            return path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        compile_ = [*command, "-c", "-o", str(part) + ".o", str(SOURCE)]
+        compile_.remove("-shared")
+        link = [compiler, "-shared", "-o", str(part), str(part) + ".o", *libraries]
+        if not libraries and "-fopenmp" in flags:
+            link.append("-fopenmp")
+        try:
+            for step in (compile_, link):
+                subprocess.run(step, capture_output=True, timeout=120, check=True)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+            Path(str(part) + ".o").unlink(missing_ok=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return path
+
+
+def _processor() -> str:
+    """What -march=native depends on: a cache folder may be shared by several machines."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+        return next((line for line in lines if line.startswith("flags")), "")
+    except OSError:
+        import platform
+
+        return platform.processor()
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Are all on the CPU, whole, and is there a library?"""
+    return all(x.device.type == "cpu" and x.is_contiguous() for x in tensors) and library() is not None
+
+
+def _at(x: Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
+
+
+def multiply(blocks: Tensor, scales: Tensor, experts: Tensor, rows: Tensor, x: Tensor) -> Tensor:
+    """Vector rows[i] of x through the packed matrix of experts[i].
+
+    blocks [E out g 16], scales [E out g], experts and rows [n] int64, x [m g*32] -> [n out] float32
+    """
+    _, d_out, groups, _ = blocks.shape
+    split = x.float().unflatten(-1, (-1, 2)).transpose(-1, -2).contiguous()  # evens, then odds
+    y = torch.empty(len(experts), d_out)
+    experts, rows = experts.contiguous(), rows.contiguous()
+    library().mxfp4_multiply(_at(blocks), _at(scales), _at(experts), _at(rows), _at(split), _at(y),
+                             ctypes.c_int64(len(experts)), ctypes.c_int64(d_out), ctypes.c_int64(groups),
+                             torch.get_num_threads())  # fmt: skip
+    return y
+
+
+def unpack(blocks: Tensor, scales: Tensor) -> Tensor:
+    """mxfp4.unpack to float32.   blocks [... g 16], scales [... g] -> [... g*32]"""
+    out = torch.empty(*scales.shape, 32)
+    library().mxfp4_unpack(_at(blocks), _at(scales), _at(out), ctypes.c_int64(scales.numel()), torch.get_num_threads())
+    return out.flatten(-2)
+
+
+def bf16_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x [n in] through a bfloat16 weight [out in], summed in float32.   -> [n out] float32"""
+    x = x.float().contiguous()
+    y = torch.empty(len(x), len(weight))
+    library().bf16_multiply(_at(weight), _at(x), _at(y), ctypes.c_int64(len(x)), ctypes.c_int64(len(weight)),
+                            ctypes.c_int64(weight.shape[1]), torch.get_num_threads())  # fmt: skip
+    return y
