@@ -8,18 +8,19 @@ import importlib.metadata
 
 import torch
 
-from . import decode, forward, imports, models, streaming
+from . import decode, experts, forward, imports, models, streaming
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="part",
-                        help="forward, decode, imports: all three by default; streaming: half an hour")  # fmt: skip
+                        help="forward, decode, imports: all three by default; experts: at 20B shapes; "
+                             "streaming: half an hour")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=31, help="rounds of a part; default 31")
     args = parser.parse_args()
     parts = args.parts or ["forward", "decode", "imports"]
-    if unknown := set(parts) - {"forward", "decode", "imports", "streaming"}:
-        parser.error(f"no part {', '.join(sorted(unknown))}: there are forward, decode, imports, streaming")
+    if unknown := set(parts) - {"forward", "decode", "imports", "experts", "streaming"}:
+        parser.error(f"no part {', '.join(sorted(unknown))}: there are forward, decode, imports, experts, streaming")
     if args.rounds < 2:
         parser.error(f"--rounds {args.rounds}: quartiles need at least 2")
 
@@ -41,6 +42,8 @@ def main() -> None:
             decode.main(ours, peers, args.rounds)
     if "imports" in parts:
         imports.main(args.rounds)
+    if "experts" in parts:
+        experts.main(args.rounds)
     if "streaming" in parts:
         streaming.main(args.rounds)
 

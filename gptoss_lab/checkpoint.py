@@ -139,7 +139,8 @@ def load(
         FileNotFoundError, ConfigError, CheckpointError: see `local` and `examine`; or a file of at most 256 MiB
             differs from the folder's SHA256SUMS.
         ImportError, ConnectionError, OSError: see `hub.download`.
-        MemoryError: the weights do not fit the device, with the bytes needed and free. None has been read then.
+        MemoryError: the weights, less those that are mapped, do not fit the device, with the bytes needed and free.
+            None has been read then.
         ValueError: max_context is beyond the model's context, or dtype is no floating one.
     """
     device = torch.get_default_device() if device is None else torch.device(device)
@@ -212,7 +213,8 @@ def _plan(checkpoint: Checkpoint, model: GptOss, device: torch.device, dtype: to
 
 
 def _check_room(folder: Path, steps: list[_Step], device: torch.device) -> None:
-    need = sum(math.prod(step.shape) * step.dtype.itemsize for step in steps)
+    # A mapped tensor takes none: its pages are the file's, and are given up where memory is short.
+    need = sum(math.prod(step.shape) * step.dtype.itemsize for step in steps if not step.as_is)
     if device.type == "cpu":  # where what was read is copied from
         need += max((one.n_bytes for step in steps if not step.as_is for one in step.stored), default=0)
     free = free_bytes(device)

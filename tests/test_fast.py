@@ -100,3 +100,15 @@ def test_after_generating_the_model_gives_gradients(packed):
     model(tokens).sum().backward()
     assert all(p.grad is not None for p in model.parameters())
     assert not any(x.is_inference() for x in (*model.parameters(), *model.buffers()))
+
+
+@pytest.mark.parametrize("point", ["q", "k", "v", "rot_q", "rot_k"])
+def test_a_value_that_an_edit_left_with_other_strides_is_read_as_it_is(point):
+    model = random_model(tiny_config(n_layers=1))
+    tokens = random_tokens(model.config, 2, 20)
+    turned = lambda x: x.mT.contiguous().mT
+    with torch.no_grad(), edit(model, {f"blocks.0.attn.hook_{point}": turned}):
+        fast = model(tokens)
+        with record(model, "*.hook_pattern"):  # the readable way
+            readable = model(tokens)
+    torch.testing.assert_close(fast, readable, atol=1e-10, rtol=0)

@@ -68,7 +68,7 @@ def test_a_product_with_bfloat16_rows_is_that_with_the_numbers(built, n, d_out, 
 
 
 @needs_compiler
-@pytest.mark.parametrize("piece", [256, 16])
+@pytest.mark.parametrize("piece", [96, 16])
 @pytest.mark.parametrize("tokens", [1, 3, 40])
 def test_the_experts_are_those_of_the_readable_way(built, tokens, piece, monkeypatch):
     monkeypatch.setattr(fast, "PIECE", piece)

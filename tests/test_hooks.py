@@ -764,7 +764,7 @@ def test_a_hundred_recorded_runs_leave_memory_flat(grad):
             assert gone() is None, "a record is alive after its last reference has gone"
             if run in (10, 60, 110):
                 counts.append(tensors_alive())
-    assert counts[0] == counts[1] == counts[2]
+    assert counts[0] >= counts[1] >= counts[2]  # what earlier tests left may go meanwhile
 
 
 def test_a_model_that_was_recorded_can_be_freed():

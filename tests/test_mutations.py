@@ -54,7 +54,7 @@ MISTAKES = {
     "next token: scores are not scaled": (FAST, "* h**-0.5", "* 1.0"),
     "next token: the window has one key more": (FAST, ".masked_fill_(~visible[0], -torch.inf)", ""),
     "next token: no sink": (FAST, "attn.sinks.view(n_kv_heads, -1, 1)", "attn.sinks.view(n_kv_heads, -1, 1) - torch.inf"),
-    "next token: biases are left out": (FAST, "product(x, layer.weight, layer.bias)", "product(x, layer.weight)"),
+    "biases are left out": (MODEL, "fast.product(x, self.weight, self.bias)", "fast.product(x, self.weight)"),
     # the experts
     "gate and linear are halves": (MODEL, "h[..., 0::2])", "h[..., : h.shape[-1] // 2])"),
     "gate and linear are halves, fast": (

@@ -69,9 +69,10 @@ def weigh(logits, k):
     values, experts = logits.softmax(-1).topk(k)
     return torch.zeros_like(logits).scatter(-1, experts, values.softmax(-1))
 ''',
-            "every expert works: nothing is left out": '''\
+            "logits of those not taken are set to 0, but exp(0) is 1: minus infinity leaves them out": '''\
 def weigh(logits, k):
-    return logits.softmax(-1)
+    least = logits.topk(k).values[..., -1:]
+    return logits.masked_fill(logits < least, 0).softmax(-1)
 ''',
             "logits are divided by their sum, without exp: those below 0 get weights below 0": '''\
 def weigh(logits, k):
@@ -126,6 +127,10 @@ def shared(experts):
 def shared(experts):
     same = experts[1:, :, None] == experts[:-1, None, :]
     return same.sum() / len(experts)
+''',
+            "sets of tensors never meet, each number is an object of its own: call .tolist() first": '''\
+def shared(experts):
+    return sum(len({*one} & {*other}) for one, other in zip(experts, experts[1:])) / (len(experts) - 1)
 ''',
             "this is the share of the k experts, not how many": '''\
 def shared(experts):

@@ -1,7 +1,7 @@
 """The same numbers sooner. The model comes here only where nobody listens to a value that is not made here."""
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..rope import rotate
 from . import cpu
@@ -38,13 +38,6 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return y.t()[:n].view(*x.shape[:-1], -1)
 
 
-def linear(layer: nn.Module, x: Tensor) -> Tensor:
-    """layer(x), by `product` if it is as the model made it: neither replaced nor with PyTorch hooks on it."""
-    if type(layer) is not nn.Linear or layer._forward_hooks or layer._forward_pre_hooks:
-        return layer(x)
-    return product(x, layer.weight, layer.bias)
-
-
 def by_hand(x: Tensor) -> bool:
     """May a forward pass look at values? Neither gradients nor a compiler are to follow it."""
     return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -61,7 +54,7 @@ def next_token_serves(x: Tensor, cache) -> bool:
 def next_token(attn, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor, cache) -> Tensor:
     """All of attention for one token, in few operations: query heads (K g) are the rows of key head K's product."""
     n_heads, n_kv_heads, h = attn.config.n_heads, attn.config.n_kv_heads, attn.config.d_head
-    qkv = linear(attn.qkv, x).view(1, 1, -1, h)
+    qkv = attn.qkv(x).view(1, 1, -1, h)
     qk, v = qkv.split_with_sizes([n_heads + n_kv_heads, n_kv_heads], 2)
     q, k = rotate(qk, cos, sin).split_with_sizes([n_heads, n_kv_heads], 2)
     k, v = cache.extend(attn.layer, k, v)
@@ -69,7 +62,7 @@ def next_token(attn, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor, cache
     scores = torch.bmm(q, k[0].permute(1, 2, 0)).masked_fill_(~visible[0], -torch.inf)
     probability = torch.cat([scores, attn.sinks.view(n_kv_heads, -1, 1)], dim=-1).softmax(dim=-1)
     z = torch.bmm(probability[..., :-1], v[0].transpose(0, 1))
-    return linear(attn.out, z.view(1, 1, -1))
+    return attn.out(z.view(1, 1, -1))
 
 
 def attention_serves(q: Tensor, k: Tensor) -> bool:
@@ -92,6 +85,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Tensor) -
     mask = torch.zeros(visible.shape, dtype=q.dtype).masked_fill_(~visible, -torch.inf)
     if len(mask) > 1:
         mask = mask.repeat_interleave(len(q) // b, dim=0)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the kernel does not look
     z, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
     z, lse = z.reshape(b, n_heads, s, -1), lse.reshape(b, n_heads, s)
     keep = torch.sigmoid(lse - sinks).unsqueeze(-1).to(z.dtype)
@@ -100,7 +94,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Tensor) -
 
 # ------------------------------------------------------------------------------------------ experts
 
-PIECE = 256  # rows of a matrix unpacked at a time: 3 MB in float32 at the published width
+PIECE = 96  # rows of a matrix unpacked at a time: 1.1 MB in float32 at the published width, the second cache
 
 
 def mix(moe, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
@@ -151,8 +145,8 @@ def mix_packed(moe, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     at = torch.arange(n * k)
     h = packed_product(moe.gate_up, x.reshape(n, d), experts, at // k) + moe.gate_up.bias[experts]
     post = swiglu(h.to(x.dtype), moe.config)
-    y = (packed_product(moe.down, post, experts, at) + moe.down.bias[experts]).to(x.dtype)
-    return torch.bmm(weights.reshape(n, 1, k), y.view(n, k, d)).view_as(x)
+    y = (packed_product(moe.down, post, experts, at) + moe.down.bias[experts]).to(x.dtype).float()
+    return (weights.reshape(n, k, 1).float() * y.view(n, k, d)).sum(1).to(x.dtype).view_as(x)
 
 
 def packed_product(layer, x: Tensor, experts: Tensor, rows: Tensor) -> Tensor:
@@ -160,20 +154,23 @@ def packed_product(layer, x: Tensor, experts: Tensor, rows: Tensor) -> Tensor:
 
     A vector or a few are multiplied by the packed numbers; many by a piece of the matrix that stays in the cache.
     """
-    order = experts.argsort(stable=True)
-    y, begin = torch.empty(len(experts), layer.bias.shape[1]), 0
-    for expert, count in enumerate(experts.bincount(minlength=len(layer.bias)).tolist()):
-        mine = slice(begin, begin := begin + count)
-        if count > FEW:
-            part = x.index_select(0, rows[order[mine]]).float()
+    counts = experts.bincount(minlength=len(layer.bias))
+    if counts.max() <= FEW:
+        return cpu.multiply(layer.blocks, layer.scales, experts, rows, x)
+    y, order, begin = torch.empty(len(experts), layer.bias.shape[1]), experts.argsort(stable=True), 0
+    for expert, count in enumerate(counts.tolist()):
+        mine = order[begin : begin + count]
+        begin += count
+        if 0 < count <= FEW:
+            y[mine] = cpu.multiply(layer.blocks, layer.scales, experts[mine], rows[mine], x)
+        elif count:
+            part, out = x.index_select(0, rows[mine]).float(), torch.empty(count, y.shape[1])
             for at in range(0, y.shape[1], PIECE):
                 piece = slice(at, at + PIECE)
                 w = cpu.unpack(layer.blocks[expert, piece], layer.scales[expert, piece])
-                y[mine, piece] = part @ w.T
-    few = experts.bincount(minlength=len(layer.bias))[experts[order]] <= FEW
-    if few.any():
-        y[few] = cpu.multiply(layer.blocks, layer.scales, experts[order][few], rows[order][few], x)
-    return torch.empty_like(y).index_copy_(0, order, y)
+                out[:, piece] = part @ w.T
+            y[mine] = out
+    return y
 
 
 def swiglu(h: Tensor, config) -> Tensor:

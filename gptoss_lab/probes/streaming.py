@@ -85,6 +85,7 @@ def flash(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, scale: float) -> tup
     mask = torch.zeros(visible.shape, dtype=q.dtype, device=q.device).masked_fill_(~visible, -torch.inf)
     if q.device.type == "cpu":
         kernel, parts = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu, []
+        q, k = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k))  # the kernel does not look
         for columns in v.split(q.shape[-1], dim=-1):  # the kernel wants v as wide as q
             padded = nn.functional.pad(columns, (0, q.shape[-1] - columns.shape[-1]))
             out, lse = kernel(q, k, padded, attn_mask=mask, scale=scale)
