@@ -144,6 +144,10 @@ def test_an_exception_is_explained_at_the_learners_own_line():
     assert "RuntimeError: size mismatch" in text and re.search(r"It had been called with n = \d+, window = \d+\.", text)
 
 
+def test_renamed_arguments_are_told_to_keep_their_names():
+    assert "keep the arguments n, window as they were" in repr(check("07.2", lambda size, window: None if size else 1))
+
+
 def test_another_shape_is_said_with_the_names_of_the_axes():
     text = repr(check("07.2", lambda n, window: torch.zeros(n)))
     assert "your result has the shape (3,); [query key] = (3, 3) is wanted" in text

@@ -142,6 +142,8 @@ def _explained(error: Exception, answer, drawn: dict) -> str:
             where = f" at `{line}`" if line else f" at its line {trace.tb_lineno - code.co_firstlineno + 1}"
         trace = trace.tb_next
     said = str(error) or "no more is said"
+    if isinstance(error, TypeError) and "argument" in said and not where:
+        said += f". It is called by name: keep the arguments {', '.join(drawn)} as they were"
     return f"your function stopped{where}.\n{type(error).__name__}: {said}\nIt had been called with {_told(drawn)}."
 
 

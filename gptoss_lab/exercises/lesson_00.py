@@ -32,7 +32,27 @@ def _block(g) -> dict:
 
 EXERCISES = (
     Exercise(
-        "00.2", order,
+        "00.1", write, inputs=_block, axes=("position", "component"),
+        hint="Nothing is replaced: what attention gave and what the experts gave are both added to what was there.",
+        point="The stream is a sum: what one layer wrote stays readable for every later one.",
+        solution='''\
+def stream_after(pre, attn, mlp):
+    """The residual stream after a block, of the stream before it and of what was added.   [s d]"""
+    return pre + attn + mlp
+''',
+        mistakes={
+            "the block replaces the stream by what it made": '''\
+def stream_after(pre, attn, mlp):
+    return attn + mlp
+''',
+            "the experts' answer is forgotten": '''\
+def stream_after(pre, attn, mlp):
+    return pre + attn
+''',
+        },
+    ),
+    Exercise(
+        "00.3", order,
         hint="A block reads the stream, asks its attention, adds; then it asks its experts, and adds again. "
              "resid_mid is the stream between the two.",
         point="Attention first, experts second, and each adds to the stream: every block of both models is built so.",
@@ -52,7 +72,7 @@ order = [
         },
     ),
     Exercise(
-        "00.3", shapes,
+        "00.4", shapes,
         inputs=lambda g: {"b": whole(g, 1, 3), "s": whole(g, 2, 9), "d_model": whole(g, 4, 9),
                           "n_heads": whole(g, 2, 5), "n_experts": whole(g, 6, 12)},
         hint="The batch comes first and the position second, for experts too. Only a pattern is [b head query key].",
@@ -82,26 +102,6 @@ def shapes(b, s, d_model, n_heads, n_experts):
         "hook_pattern": (b, n_heads, s, s + 1),
         "hook_router_logits": (b, s, n_experts),
     }
-''',
-        },
-    ),
-    Exercise(
-        "00.4", write, inputs=_block, axes=("position", "component"),
-        hint="Nothing is replaced: what attention gave and what the experts gave are both added to what was there.",
-        point="The stream is a sum: what one layer wrote stays readable for every later one.",
-        solution='''\
-def stream_after(pre, attn, mlp):
-    """The residual stream after a block, of the stream before it and of what was added.   [s d]"""
-    return pre + attn + mlp
-''',
-        mistakes={
-            "the block replaces the stream by what it made": '''\
-def stream_after(pre, attn, mlp):
-    return attn + mlp
-''',
-            "the experts' answer is forgotten": '''\
-def stream_after(pre, attn, mlp):
-    return pre + attn
 ''',
         },
     ),
