@@ -74,6 +74,8 @@ clean: ## remove .venv and .cache
 
 # A notebook opened by `make lab` may load a checkpoint: those stay where Hugging Face keeps them (HF_HOME).
 lab: export TIKTOKEN_CACHE_DIR ?= $(CACHE)/tiktoken
+# Kernels run in notebooks/: a folder named from here is made whole, a name on the hub stays as it is.
+lab: export GPTOSS_LAB_MODEL := $(or $(realpath $(GPTOSS_LAB_MODEL)),$(GPTOSS_LAB_MODEL))
 test bench notebooks docs docs-serve: export HF_HOME := $(CACHE)/huggingface
 test bench notebooks docs docs-serve: export XDG_CACHE_HOME := $(CACHE)
 $(RUNS)/ok notebooks: export OMP_NUM_THREADS := 1# sums in the same order on every machine
@@ -100,7 +102,7 @@ endif
 	        *) seen="$$seen ($$python is $$version)"; continue ;; \
 	    esac; \
 	    if "$$python" -c 'import ensurepip, venv' 2>/dev/null; then \
-	        echo "Setting up .venv with $$python ($$version): about 1.5 GB, a few minutes, once."; \
+	        echo "Setting up .venv with $$python ($$version): about 1.4 GB, a few minutes, once."; \
 	        exec "$$python" -m venv --clear .venv; \
 	    fi; \
 	    bare="$$bare $${python##*/}-venv"; \

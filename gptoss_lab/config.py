@@ -169,7 +169,10 @@ def read_config(folder: str | Path) -> Config:
     """
     path = Path(folder) / "config.json"
     if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: a checkpoint folder holds one beside its safetensors")
+        inside = Path(folder) / "model"  # where `train-tiny` puts it
+        mend = f": did you mean {inside}?" if (inside / "config.json").is_file() else \
+            ": a checkpoint folder holds one beside its safetensors"  # fmt: skip
+        raise FileNotFoundError(f"{path} does not exist{mend}")
     generation = path.with_name("generation_config.json")
     stops = _read_object(generation) if generation.is_file() else {}
     return parse_config(_read_object(path), {k: stops[k] for k in _TOKENS if stops.get(k) is not None})

@@ -360,9 +360,11 @@ def edit(model: nn.Module, edits: Mapping):
 
     Raises:
         KeyError: a name matches nothing.
-        TypeError: a point is derived: nothing is computed from it, so an edit could have no effect.
+        TypeError: `edits` is no dict; or a point is derived: nothing is computed from it, so an edit had no effect.
         ValueError: from the forward pass, where `fn` returns another shape, dtype or device.
     """
+    if not isinstance(edits, Mapping):
+        raise TypeError(f"edits = {edits!r}: give a dict of names and functions, such as {{('z', 3): lambda z: 0 * z}}")
     points = unwrapped(model).hook_points
     chosen = [(point, fn) for names, fn in edits.items() for point in points.resolve(names)]
     for point, _ in chosen:
@@ -371,6 +373,16 @@ def edit(model: nn.Module, edits: Mapping):
                             "edit a value that it is computed from")  # fmt: skip
     with listening(model, [Edit(fn, point) for point, fn in chosen]):
         yield
+
+
+def _folded(names: Iterable[str]) -> str:
+    """Names with their layers taken together: blocks.0-23.attn.hook_q."""
+    layers: dict[str, list[int]] = {}
+    for name in names:
+        layer = re.search(r"(?<=^blocks\.)\d+", name)
+        layers.setdefault(re.sub(r"(?<=^blocks\.)\d+", "{}", name), []).extend([int(layer[0])] if layer else [])
+    short = lambda some: str(some[0]) if len(some) == 1 else f"{min(some)}-{max(some)}"
+    return ", ".join(name.replace("{}", short(some)) if some else name for name, some in layers.items())
 
 
 class Activations(Mapping):
@@ -431,7 +443,8 @@ class Activations(Mapping):
         if point.name not in self._kept:
             asked = any(point.name == p.name for p in self.wanted)
             raise KeyError(f"{point.name} " + ("has not fired: run the model inside the `with` block" if asked else
-                           f"was not recorded; recorded are {', '.join(self._kept) or 'no points'}"))  # fmt: skip
+                           f"was not recorded: ask for \"*.{point.name.rpartition('.')[2]}\". "
+                           f"Recorded are {_folded(self._kept) or 'no points'}"))  # fmt: skip
         kept = self._kept[point.name]
         if len(kept) > 1:
             kept[:] = [_join(point, kept)]

@@ -298,7 +298,8 @@ def _check(model: GptOss, tokens: Tensor, mask, cache: KVCache | None, stop: int
     c = model.config
     if not isinstance(tokens, Tensor) or tokens.dtype not in (torch.int64, torch.int32):
         what = f"dtype {tokens.dtype}" if isinstance(tokens, Tensor) else type(tokens).__name__
-        raise TypeError(f"tokens must be a tensor of int64 or int32 token ids, got {what}")
+        mend = ": torch.tensor([model.tokenizer.encode_ordinary(text)])" if isinstance(tokens, str) else ""
+        raise TypeError(f"tokens must be a tensor of int64 or int32 token ids, got {what}{mend}")
     if tokens.dim() != 2:
         raise ValueError(f"tokens must be [batch, position], got shape {tuple(tokens.shape)}: add a batch axis "
                          "with tokens[None]")  # fmt: skip

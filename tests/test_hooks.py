@@ -647,7 +647,7 @@ def test_a_record_answers_by_every_name_and_says_what_is_missing():
     assert len(acts) == 3 == len(list(acts)) == len(repr(acts).splitlines())
     assert "blocks.1.attn.hook_q" in repr(acts) and "(2, 20, 4, 16)" in repr(acts) and "torch.float64" in repr(acts)
     assert ("q", 0) in acts and ("k", 0) not in acts
-    with pytest.raises(KeyError, match=r"blocks.1.attn.hook_k was not recorded; recorded are hook_embed, blocks.0"):
+    with pytest.raises(KeyError, match=r'hook_k was not recorded: ask for "\*.hook_k". Recorded are hook_embed, blocks.0'):
         acts["k", 1]
     with pytest.raises(KeyError, match="Nearest: blocks.1.attn.hook_rot_q"):
         acts["blocks.1.attn.rotq"]

@@ -54,7 +54,10 @@ def difference(yours, target, exercise: Exercise, part: str = "") -> Difference 
         if isinstance(yours, (str, Mapping)) or not isinstance(yours, Sequence) or len(yours) != len(target):
             return Difference(f"{what}is {_kind(yours)}; a list of {len(target)} is wanted")
         at = next((i for i, (y, t) in enumerate(zip(yours, target)) if y != t), None)
-        return None if at is None else Difference(f"{what}has {yours[at]!r} at place {at}, where it does not belong")
+        if at is None:
+            return None
+        wrong = "comes too early or too late" if yours[at] in target else f"is none of {_listed(target)}"
+        return Difference(f"{what}is right up to place {at}; {yours[at]!r} there {wrong}")
     return _numbers(yours, torch.as_tensor(target).detach(), exercise, what, part)
 
 

@@ -112,7 +112,9 @@ class Outcome:
     def _repr_html_(self) -> str:
         yours, came = map(html.escape, self._said())
         colour = "#0072B2" if self.right else "#CC79A7" if self.right is None else "#D55E00"
-        body = f"<p><b>{self.prediction.name}</b> <span data-yours>{yours}</span></p><p>{came}</p>"
+        if self.mine is None:  # nobody has committed to anything yet: what came is not thrust upon them
+            came = f"<details><summary>What came</summary>{came}</details>"
+        body = f"<p><b>{self.prediction.name}</b> <span data-yours>{yours}</span></p><div>{came}</div>"
         frame = FRAME.format(colour=colour, body=body)
         if self.mine is not None:
             return frame

@@ -49,7 +49,8 @@ def words(tokens: Tensor | Sequence[int], tokenizer: "tiktoken.Encoding | None")
 def whose(name: str) -> str:
     """What to call a model in a title: "the tiny model", "random weights", or the last part of its name or path."""
     known = {"tiny": "the tiny model", "tiny-random": "random weights"}
-    return known.get(name) or name.rstrip("/").rpartition("/")[2]
+    parts = [part for part in name.split("/") if part]
+    return known.get(name) or (parts[-2] if parts[-1] == "model" and len(parts) > 1 else parts[-1])
 
 
 def _visible(letter: str) -> str:
