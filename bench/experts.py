@@ -56,7 +56,7 @@ def routed(moe, x):
 
 @torch.no_grad()
 def main(rounds: int) -> None:
-    if cpu.library() is None:
+    if cpu.compiled() is None:
         print("no C++ compiler: packed experts are unpacked whole, and there is nothing to measure here")
         return
     moe, g = layer(), torch.Generator().manual_seed(1)

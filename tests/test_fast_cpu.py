@@ -30,7 +30,7 @@ def variant(request, tmp_path_factory):
 
 @pytest.fixture
 def built(variant, monkeypatch):
-    monkeypatch.setattr(cpu, "library", lambda: variant)
+    monkeypatch.setattr(cpu, "compiled", lambda: variant)
 
 
 def packed(*shape, low=0, high=255, seed=0):
@@ -98,7 +98,7 @@ def test_in_bfloat16_it_is_nearer_to_the_exact_numbers_than_the_readable_way(bui
 
 
 def test_without_a_compiler_or_when_it_is_turned_off_there_is_no_library(monkeypatch, tmp_path):
-    fresh = cpu.library.__wrapped__
+    fresh = cpu.compiled.__wrapped__
     monkeypatch.setenv("GPTOSS_LAB_CACHE", str(tmp_path))
     monkeypatch.setenv("GPTOSS_LAB_FAST", "0")
     assert fresh() is None
@@ -111,7 +111,7 @@ def test_without_a_compiler_or_when_it_is_turned_off_there_is_no_library(monkeyp
 
 
 def test_without_the_library_the_readable_way_serves(monkeypatch):
-    monkeypatch.setattr(cpu, "library", lambda: None)
+    monkeypatch.setattr(cpu, "compiled", lambda: None)
     model = random_model(tiny_config(n_layers=1), dtype=torch.float32, packed=True)
     with torch.no_grad():
         assert not fast.packed_serves(model.blocks[0].mlp, torch.randn(1, 1, 32))
@@ -121,7 +121,7 @@ def test_without_the_library_the_readable_way_serves(monkeypatch):
 @needs_compiler
 def test_the_library_is_built_once_and_found_again(monkeypatch, tmp_path):
     monkeypatch.setenv("GPTOSS_LAB_CACHE", str(tmp_path))
-    assert cpu.library.__wrapped__() is not None
+    assert cpu.compiled.__wrapped__() is not None
     [path] = tmp_path.iterdir()
     at = path.stat().st_mtime_ns
-    assert cpu.library.__wrapped__() is not None and [p.stat().st_mtime_ns for p in tmp_path.iterdir()] == [at]
+    assert cpu.compiled.__wrapped__() is not None and [p.stat().st_mtime_ns for p in tmp_path.iterdir()] == [at]

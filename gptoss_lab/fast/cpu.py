@@ -24,7 +24,7 @@ def folder() -> Path:
 
 
 @cache
-def library() -> ctypes.CDLL | None:
+def compiled() -> ctypes.CDLL | None:
     """The compiled functions; None where they cannot be had."""
     compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++") or shutil.which("c++")
     if compiler is None or os.environ.get("GPTOSS_LAB_FAST") == "0" or sys.platform == "win32":
@@ -86,7 +86,7 @@ def _processor() -> str:
 
 def serves(*tensors: Tensor) -> bool:
     """Are all on the CPU, whole, and is there a library?"""
-    return all(x.device.type == "cpu" and x.is_contiguous() for x in tensors) and library() is not None
+    return all(x.device.type == "cpu" and x.is_contiguous() for x in tensors) and compiled() is not None
 
 
 def _at(x: Tensor) -> ctypes.c_void_p:
@@ -102,7 +102,7 @@ def multiply(blocks: Tensor, scales: Tensor, experts: Tensor, rows: Tensor, x: T
     split = x.float().unflatten(-1, (-1, 2)).transpose(-1, -2).contiguous()  # evens, then odds
     y = torch.empty(len(experts), d_out)
     experts, rows = experts.contiguous(), rows.contiguous()
-    library().mxfp4_multiply(_at(blocks), _at(scales), _at(experts), _at(rows), _at(split), _at(y),
+    compiled().mxfp4_multiply(_at(blocks), _at(scales), _at(experts), _at(rows), _at(split), _at(y),
                              ctypes.c_int64(len(experts)), ctypes.c_int64(d_out), ctypes.c_int64(groups),
                              torch.get_num_threads())  # fmt: skip
     return y
@@ -111,7 +111,7 @@ def multiply(blocks: Tensor, scales: Tensor, experts: Tensor, rows: Tensor, x: T
 def unpack(blocks: Tensor, scales: Tensor) -> Tensor:
     """mxfp4.unpack to float32.   blocks [... g 16], scales [... g] -> [... g*32]"""
     out = torch.empty(*scales.shape, 32)
-    library().mxfp4_unpack(_at(blocks), _at(scales), _at(out), ctypes.c_int64(scales.numel()), torch.get_num_threads())
+    compiled().mxfp4_unpack(_at(blocks), _at(scales), _at(out), ctypes.c_int64(scales.numel()), torch.get_num_threads())
     return out.flatten(-2)
 
 
@@ -119,6 +119,6 @@ def bf16_product(x: Tensor, weight: Tensor) -> Tensor:
     """x [n in] through a bfloat16 weight [out in], summed in float32.   -> [n out] float32"""
     x = x.float().contiguous()
     y = torch.empty(len(x), len(weight))
-    library().bf16_multiply(_at(weight), _at(x), _at(y), ctypes.c_int64(len(x)), ctypes.c_int64(len(weight)),
+    compiled().bf16_multiply(_at(weight), _at(x), _at(y), ctypes.c_int64(len(x)), ctypes.c_int64(len(weight)),
                             ctypes.c_int64(weight.shape[1]), torch.get_num_threads())  # fmt: skip
     return y
