@@ -8,8 +8,8 @@ import json
 import os
 from collections.abc import Sequence
 
-VIEW = "application/vnd.jupyter.widget-view+json"
-STILL = "GPTOSS_LAB_STILL"  # environment variable: if set, no widgets
+from ..explore.panel import STILL, VIEW
+
 PREDICTIONS: dict[str, "Prediction"] = {}
 FRAME = '<div style="border-left: 4px solid {colour}; padding: 0.1em 0.9em">{body}</div>'
 ROW = '<label style="display: block; margin: 0.25em 0"><input type="radio" name="predict-{name}"> {option}</label>'

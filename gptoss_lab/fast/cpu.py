@@ -30,8 +30,8 @@ def compiled() -> ctypes.CDLL | None:
     if compiler is None or os.environ.get("GPTOSS_LAB_FAST") == "0" or sys.platform == "win32":
         return None
     for native in (["-march=native"], []):
-        for parallel in _openmp():
-            if (path := _built(compiler, [*native, *parallel])) is not None:
+        for openmp in _openmp():
+            if (path := _built(compiler, native, openmp)) is not None:
                 try:
                     return ctypes.CDLL(str(path))
                 except OSError:  # a library that it wants is not there
@@ -40,37 +40,32 @@ def compiled() -> ctypes.CDLL | None:
 
 
 def _openmp() -> list[list[str]]:
-    """Torch's own OpenMP, so that no second pool of threads competes with its; else none."""
+    """To compile with, and to link: torch's own OpenMP, so that no second pool of threads competes; else none."""
     own = sorted((Path(torch.__file__).parent / "lib").glob("libgomp*"))
-    return [*([["-fopenmp", str(one)] for one in own]), ["-fopenmp"], []]
+    return [*(["-fopenmp", str(one)] for one in own), ["-fopenmp", "-fopenmp"], []]
 
 
-def _built(compiler: str, flags: list[str]) -> Path | None:
-    command = [compiler, "-O3", "-std=c++17", "-fPIC", "-shared", *(f for f in flags if not f.startswith("/"))]
-    libraries = [f for f in flags if f.startswith("/")]
+def _built(compiler: str, native: list[str], openmp: list[str]) -> Path | None:
+    """The library for these flags, made where it is not there; None where the compiler cannot."""
     try:
         version = subprocess.run([compiler, "--version"], capture_output=True, text=True, timeout=30).stdout
-        key = hashlib.sha256("\n".join([SOURCE.read_text("utf-8"), version, _processor(), *flags]).encode())
-        path = folder() / f"cpu-{key.hexdigest()[:16]}.so"
+        key = "\n".join([SOURCE.read_text("utf-8"), version, _processor(), *native, *openmp])
+        path = folder() / f"cpu-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
         if path.exists():
             return path
         path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_suffix(f".{os.getpid()}.part")
-        compile_ = [*command, "-c", "-o", str(part) + ".o", str(SOURCE)]
-        compile_.remove("-shared")
-        link = [compiler, "-shared", "-o", str(part), str(part) + ".o", *libraries]
-        if not libraries and "-fopenmp" in flags:
-            link.append("-fopenmp")
+        part, loose = (path.with_suffix(f".{os.getpid()}.{end}") for end in ("part", "o"))
+        steps = ([compiler, "-O3", "-std=c++17", "-fPIC", *native, *openmp[:1], "-c", str(SOURCE), "-o", str(loose)],
+                 [compiler, "-shared", str(loose), *openmp[1:], "-o", str(part)])  # fmt: skip
         try:
-            for step in (compile_, link):
+            for step in steps:
                 subprocess.run(step, capture_output=True, timeout=120, check=True)
-            part.replace(path)
+            return part.replace(path)
         finally:
             part.unlink(missing_ok=True)
-            Path(str(part) + ".o").unlink(missing_ok=True)
+            loose.unlink(missing_ok=True)
     except (OSError, subprocess.SubprocessError):
         return None
-    return path
 
 
 def _processor() -> str:
