@@ -44,10 +44,15 @@ lab: .venv/ok ## open JupyterLab on the first notebook (NOTEBOOK=..., JUPYTER_AR
 	@$(PY) -m jupyterlab --ServerApp.root_dir=. --LabApp.default_url=/lab/tree/$(NOTEBOOK) \
 	    --log-level=WARN -y $(NO_BROWSER) $(ALLOW_ROOT) $(JUPYTER_ARGS)
 
-test: .venv/ok ## check the style, run every notebook and every test (PYTEST_ARGS='-k sink': those tests alone)
+test: .venv/ok .venv/kernels ## check the style, run every notebook and every test (PYTEST_ARGS='-k sink': those tests alone)
 	$(PY) -m ruff check .
 	$(if $(PYTEST_ARGS),,$(MAKE) --no-print-directory $(RUNS)/ok)
 	$(if $(PYTEST_ARGS),,GPTOSS_LAB_NOTEBOOKS=$(RUNS)/shipped) $(PY) -m pytest tests $(PYTEST_ARGS)
+
+# Triton is 700 MB, and only the tests of the GPU's kernels need it where there is no GPU.
+.venv/kernels: .venv/ok
+	@$(PIP) -qq --editable '.[kernels]'
+	@touch $@
 
 # Every notebook twice: as it is, and with each exercise answered wrongly and then rightly. One thread each, side by side.
 $(RUNS)/ok: .venv/ok tests/runs.py $(wildcard notebooks/*.ipynb) $(shell find gptoss_lab -type f ! -name '*.pyc')

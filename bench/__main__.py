@@ -8,27 +8,35 @@ import importlib.metadata
 
 import torch
 
-from . import decode, experts, forward, imports, models, streaming
+from . import decode, experts, forward, ggml, imports, models, streaming, whole
+
+DEFAULT, ASKED_FOR = ("forward", "decode", "imports", "experts"), ("streaming", "whole")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="bench", description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", metavar="part",
-                        help="forward, decode, imports: all three by default; experts: at 20B shapes; "
-                             "streaming: half an hour")  # fmt: skip
+                        help=f"{', '.join(DEFAULT)}: all of these by default; streaming: half an hour; "
+                             "whole FOLDER: a checkpoint of the 20B's shape, some minutes")  # fmt: skip
     parser.add_argument("--rounds", type=int, default=31, help="rounds of a part; default 31")
     args = parser.parse_args()
-    parts = args.parts or ["forward", "decode", "imports"]
-    if unknown := set(parts) - {"forward", "decode", "imports", "experts", "streaming"}:
-        parser.error(f"no part {', '.join(sorted(unknown))}: there are forward, decode, imports, experts, streaming")
+    parts, folder = args.parts or [*DEFAULT], None
+    if "whole" in parts[:-1]:
+        folder = parts.pop(parts.index("whole") + 1)
+    elif parts[-1] == "whole":
+        parser.error("whole: of which checkpoint? `gptoss-lab synth FOLDER` writes one, then: whole FOLDER")
+    if unknown := set(parts) - {*DEFAULT, *ASKED_FOR}:
+        parser.error(f"no part {', '.join(sorted(unknown))}: there are {', '.join(DEFAULT + ASKED_FOR)}")
     if args.rounds < 2:
         parser.error(f"--rounds {args.rounds}: quartiles need at least 2")
 
     torch.set_num_threads(1)
     installed = {peer: importlib.metadata.version(peer) for peer in models.PEERS if not models.missing(peer)}
+    if not ggml.missing():
+        installed[ggml.PEER] = importlib.metadata.version(ggml.PEER)
     print(", ".join(f"{name} {version}" for name, version in {"torch": torch.__version__, **installed}.items()))
-    for peer in models.PEERS:
-        if why := models.missing(peer):
+    for why in (*map(models.missing, models.PEERS), ggml.missing()):
+        if why:
             print(why)
     if {"forward", "decode"} & set(parts):
         ours = models.ours()
@@ -46,6 +54,8 @@ def main() -> None:
         experts.main(args.rounds)
     if "streaming" in parts:
         streaming.main(args.rounds)
+    if folder is not None:
+        whole.main(folder)
 
 
 if __name__ == "__main__":

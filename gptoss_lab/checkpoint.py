@@ -1,24 +1,22 @@
 """Checkpoint folders -> GptOss. Everything is checked before anything is allocated or read."""
-import math
 import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, reduce
-from itertools import groupby
+from functools import cache
 from pathlib import Path
 
 import torch
 
 from . import hub, shards, tiny, tokenizer
 from .config import TINY, Config, read_config
-from .layouts import Piece, pieces, recognise
-from .memory import free_bytes
+from .fast.gpu import tensor_cores
+from .layouts import Piece, dtypes, pieces, recognise, table
 from .model import GptOss
+from .plan import plan
 from .shards import CheckpointError, Stored
 
 SMALL = 256 << 20  # bytes; the checksums of larger files are compared by `verify` only
-_is_gain = re.compile(r"(.*\.ln[12]|ln_final)\.weight").fullmatch
 
 
 # ---------------------------------------------------------------------------------------- what a folder holds
@@ -124,7 +122,8 @@ def load(
 
     MXFP4 experts stay packed, byte for byte. On the CPU a tensor that needs no change is the file itself, mapped:
     its pages are read when they are first used, the file must not be rewritten in place meanwhile, and what is
-    written to the tensor does not reach the file. At most one tensor is in memory twice, for a moment.
+    written to the tensor does not reach the file. What is copied is in memory twice 64 MiB at a time. On a GPU that
+    has no room for the whole context beside it, the embedding table stays in the host's memory.
 
     Args:
         source: a folder in any of the three layouts, or one with such a folder original/ in it; a name on the
@@ -132,15 +131,16 @@ def load(
             or "tiny-random", the same before training.
         device: where the model shall be; None is torch's default device.
         dtype: of all weights that are not packed, and so of what is computed with packed ones. None: as stored;
-            where dtypes are mixed, the widest of them, and norm gains as they are. The tiny models are float32.
+            where dtypes are mixed, the widest of them, and norm gains as they are. The tiny models are float32, and
+            bfloat16 becomes float16 on a GPU that cannot multiply it (a T4); the residual stream is float32 then.
         max_context: use fewer positions than the model has.
 
     Raises:
         FileNotFoundError, ConfigError, CheckpointError: see `local` and `examine`; or a file of at most 256 MiB
             differs from the folder's SHA256SUMS.
         ImportError, ConnectionError, OSError: see `hub.download`.
-        MemoryError: the weights, less those that are mapped, do not fit the device, with the bytes needed and free.
-            None has been read then.
+        MemoryError: the model does not fit the device with `max_context` positions (None: with one), by `plan`, whose
+            table it shows. Nothing has been read then.
         ValueError: max_context is beyond the model's context, or dtype is no floating one.
     """
     device = torch.get_default_device() if device is None else torch.device(device)
@@ -151,10 +151,16 @@ def load(
     if source == "tiny":
         dtype = dtype or torch.float32  # a CPU is slow in the bfloat16 of the file
     checkpoint = examine(find(source))
+    dtype = dtype or _suited(checkpoint, device)
     with torch.device("meta"):
         model = GptOss(_shortened(checkpoint.config, max_context), packed=checkpoint.layout != "hf-dense")
     steps = _plan(checkpoint, model, device, dtype)
-    _check_room(checkpoint.folder, steps, device)
+    room = plan(checkpoint, context=max_context, device=device, dtype=dtype)
+    on_host = room.embedding_on_host
+    if not room.fits and max_context is None:  # fewer positions than the model has will do
+        room, on_host = room.at(1), device.type == "cuda"
+    if not room.fits:
+        raise MemoryError(room.refusal())
     if faults := shards.checksum_faults(checkpoint.folder, checkpoint.files, largest=SMALL):
         raise CheckpointError(f"{checkpoint.folder} is not as it was saved:\n  " + "\n  ".join(faults))
     vocabulary = _vocabulary(checkpoint)
@@ -165,13 +171,24 @@ def load(
             if step.as_is:
                 state[step.ours] = step.stored[0].view(mapped(step.stored[0].path))
             else:
-                state[step.ours] = torch.empty(step.shape, dtype=step.dtype, device=device)
+                host = on_host and step.ours == "embed.weight"
+                place = dict(device="cpu", pin_memory=True) if host else dict(device=device)
+                state[step.ours] = torch.empty(step.shape, dtype=step.dtype, **place)
                 for piece, stored in zip(step.parts, step.stored, strict=True):
-                    piece.of(state[step.ours]).copy_(stored.read())
+                    whole = piece.of(state[step.ours])
+                    for rows, part in stored.parts():
+                        whole[rows].copy_(part)
             note(sum(stored.n_bytes for stored in step.stored))
     model.load_state_dict(state, assign=True)
     model.read_tokenizer = vocabulary
     return model.eval()
+
+
+def _suited(checkpoint: Checkpoint, device: torch.device) -> torch.dtype | None:
+    made_of = table(checkpoint.config, checkpoint.layout)
+    kept = dtypes(made_of, lambda name: checkpoint.stored[name].dtype)["unembed.weight"]
+    slow = device.type == "cuda" and kept == torch.bfloat16 and not tensor_cores(device)
+    return torch.float16 if slow else None
 
 
 def _shortened(config: Config, max_context: int | None) -> Config:
@@ -189,39 +206,22 @@ class _Step:
     ours: str
     shape: tuple[int, ...]
     dtype: torch.dtype
-    parts: list[Piece]
+    parts: tuple[Piece, ...]
     stored: list[Stored]
     as_is: bool  # a part of the mapped file
 
 
 def _plan(checkpoint: Checkpoint, model: GptOss, device: torch.device, dtype: torch.dtype | None) -> list[_Step]:
     shapes = {ours: tuple(tensor.shape) for ours, tensor in model.state_dict().items()}
-    table = {ours: list(parts) for ours, parts in
-             groupby(pieces(checkpoint.config, checkpoint.layout), lambda piece: piece.ours)}  # fmt: skip
-    stored = {ours: [checkpoint.stored[piece.name] for piece in parts] for ours, parts in table.items()}
-    kept = {ours: reduce(torch.promote_types, (one.dtype for one in several)) for ours, several in stored.items()}
-    numbers = [ours for ours, parts in table.items() if not parts[0].packed]
-    widest = reduce(torch.promote_types, (kept[ours] for ours in numbers if not _is_gain(ours)))
-    for ours in numbers:
-        kept[ours] = dtype or (kept[ours] if _is_gain(ours) else widest)
+    made_of = table(checkpoint.config, checkpoint.layout)
+    kept = dtypes(made_of, lambda name: checkpoint.stored[name].dtype, dtype)
+    stored = {ours: [checkpoint.stored[piece.name] for piece in parts] for ours, parts in made_of.items()}
 
     def as_is(ours: str) -> bool:
-        first, whole = stored[ours][0], len(table[ours]) == 1 and not table[ours][0].transposed
+        first, whole = stored[ours][0], len(made_of[ours]) == 1 and not made_of[ours][0].transposed
         return device.type == "cpu" and whole and first.dtype == kept[ours] and first.aligned
 
-    return [_Step(ours, shapes[ours], kept[ours], table[ours], stored[ours], as_is(ours)) for ours in table]
-
-
-def _check_room(folder: Path, steps: list[_Step], device: torch.device) -> None:
-    # A mapped tensor takes none: its pages are the file's, and are given up where memory is short.
-    need = sum(math.prod(step.shape) * step.dtype.itemsize for step in steps if not step.as_is)
-    if device.type == "cpu":  # where what was read is copied from
-        need += max((one.n_bytes for step in steps if not step.as_is for one in step.stored), default=0)
-    free = free_bytes(device)
-    if free is not None and need > free:
-        raise MemoryError(f"{folder} needs {need:,} bytes ({need / 2**30:.2f} GiB) on {device}, where {free:,} bytes "
-                          f"({free / 2**30:.2f} GiB) are free: choose another device, a narrower dtype or a smaller "
-                          "model")  # fmt: skip
+    return [_Step(ours, shapes[ours], kept[ours], made_of[ours], stored[ours], as_is(ours)) for ours in made_of]
 
 
 def _vocabulary(checkpoint: Checkpoint) -> Callable:

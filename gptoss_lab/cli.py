@@ -37,6 +37,14 @@ def _parser() -> argparse.ArgumentParser:
     source = dict(help='a checkpoint folder, a hub name such as openai/gpt-oss-20b, or "tiny", which comes with this')
     sub = command("inspect", _inspect, "print parts, parameters and bytes, without loading weights")
     sub.add_argument("source", help=source["help"] + '; "gpt-oss-20b" and "gpt-oss-120b" need no files')
+    sub = command("plan", _plan, "print where every byte goes, and the largest context that fits")
+    sub.add_argument("source", help=source["help"] + '; "gpt-oss-20b" and "gpt-oss-120b" need no files')
+    sub.add_argument("--context", type=int, metavar="N", help="positions (default: all that the model has)")
+    sub.add_argument("--memory", metavar="SIZE", help="such as 16GiB (default: what is free there now)")
+    sub.add_argument("--record", nargs="+", default=(), metavar="NAMES", help="hook points to record all the while")
+    sub.add_argument("--chunk", type=int, metavar="N", help="prompt tokens to read at a time")
+    sub.add_argument("--device", default="cuda", help="(default: %(default)s, whether there is one or not)")
+    sub.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), help="(default: the checkpoint's)")
     sub = command("verify", _verify, "check a checkpoint's files against its config and the published ones")
     sub.add_argument("folder")
     sub.add_argument("--sha256", action="store_true", help="also read every byte and compare checksums")
@@ -102,6 +110,17 @@ def _inspect(options):
     from .inspect import inspect
 
     print(inspect(options.source))
+
+
+def _plan(options):
+    import torch
+
+    from .plan import plan
+
+    chosen = plan(options.source, context=options.context, memory=options.memory, record=options.record,
+                  chunk=options.chunk, device=options.device, dtype=options.dtype and getattr(torch, options.dtype))
+    print(chosen)
+    return 0 if chosen.fits else 1
 
 
 def _verify(options):

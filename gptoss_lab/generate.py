@@ -1,11 +1,29 @@
 """Continuing prompts, one token a step, with the model's hooks open all the while."""
+import traceback
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
 
-from .hooks import unwrapped
+from . import fast
+from .hooks import UNASKED, unwrapped
 from .kv_cache import KVCache
+from .model import Block
+from .plan import plan
+
+ENOUGH = 8  # new tokens for which a step is worth capturing
+
+
+class Stopped(RuntimeError):
+    """The device failed in mid-generation. `tokens` holds what each prompt got before, `layer` how far the pass came.
+
+    The model and its hooks are as they were, and so is a cache that was given.
+    """
+
+    def __init__(self, message: str, tokens: list[list[int]], layer: int | None):
+        super().__init__(message)
+        self.tokens, self.layer = tokens, layer
 
 
 def generate(model: nn.Module, prompts, max_new_tokens: int | None = None, **settings) -> list[list[int]]:
@@ -16,6 +34,9 @@ def generate(model: nn.Module, prompts, max_new_tokens: int | None = None, **set
         prompts: text, token ids, a list of either, or a tensor [b s].
         max_new_tokens: tokens to make at most; None is 128, or as many as the context still holds.
         settings: those of `stream`.
+
+    Raises:
+        Stopped: the device is lost or out of memory; its `tokens` are what had been made.
 
     Interrupted (Ctrl-C) it raises KeyboardInterrupt and keeps nothing; with `stream` what came before is yours.
     """
@@ -49,6 +70,9 @@ def stream(
 
     Raises:
         ValueError: an empty prompt, settings that mean nothing, or more positions than the context has.
+        MemoryError: keys, values and one pass do not fit what is free, by `plan`, which names the largest context that
+            does. Nothing has been computed then.
+        Stopped: the device is lost or out of memory.
     """
     inner = unwrapped(model)
     ids = _as_ids(model, prompts)
@@ -56,28 +80,70 @@ def stream(
         read = max(map(len, ids), default=0) + (cache.length if cache is not None else 0)
         max_new_tokens = max(1, min(128, inner.config.n_ctx - read + 1))
     _check(inner, ids, max_new_tokens, temperature, top_k, top_p, prefill_chunk, cache)
+    _check_room(inner, max(map(len, ids)) + max_new_tokens, len(ids), prefill_chunk)
     tokens, mask = _left_padded(ids, inner.device)
     closed = model is inner and cache is None  # no tensor leaves the loop
-    cache = KVCache(inner.config, capacity=tokens.shape[1] + max_new_tokens) if cache is None else cache
+    capacity = tokens.shape[1] + max_new_tokens + (cache.length if cache is not None else 0)
+    cache = KVCache(inner.config, capacity) if cache is None else cache
     stops = set(inner.config.stop_tokens if stop is None else stop)
     generator = torch.Generator(inner.device)
     generator.seed() if seed is None else generator.manual_seed(seed)
 
-    alive = [True] * len(ids)
-    for _ in range(max_new_tokens):
-        # Inference mode is quicker; whoever gets its tensors could not put them into a graph of their own.
-        with torch.inference_mode() if closed and not inner.listened_to else torch.no_grad():
-            for start in range(0, tokens.shape[1], prefill_chunk):
-                chunk = slice(start, start + prefill_chunk)
-                logits = model(tokens[:, chunk], mask[:, chunk], cache=cache, logits_to_keep=1)
-            drawn = sample(logits[:, -1], temperature, top_k, top_p, generator)
-        step = [token if going else None for token, going in zip(drawn.tolist(), alive)]
-        yield step
-        alive = [token is not None and token not in stops for token in step]
-        if not any(alive):
-            return
-        tokens = drawn[:, None]
-        mask = torch.tensor(alive, device=inner.device)[:, None]
+    alive, rows, step = [True] * len(ids), [[] for _ in ids], None
+    # In a step no row is padding: one that has ended goes on unseen, in a cache that nobody else looks at.
+    stepping = model is inner and max_new_tokens > ENOUGH and (closed or len(ids) == 1)
+    try:
+        for made in range(max_new_tokens):
+            # Inference mode is quicker; whoever gets its tensors could not put them into a graph of their own.
+            with torch.inference_mode() if closed and not inner.listened_to else torch.no_grad():
+                if made and stepping:
+                    step = fast.step(inner, cache, capacity, step)
+                if step is not None:
+                    logits = step(tokens)
+                else:
+                    for start in range(0, tokens.shape[1], prefill_chunk):
+                        chunk = slice(start, start + prefill_chunk)
+                        logits = model(tokens[:, chunk], mask[:, chunk], cache=cache, logits_to_keep=1)
+                drawn = sample(logits[:, -1], temperature, top_k, top_p, generator)
+                found = drawn.tolist()
+            now = [token if going else None for token, going in zip(found, alive)]
+            for row, token in zip(rows, now):
+                if token is not None:
+                    row.append(token)
+            yield now
+            alive = [token is not None and token not in stops for token in now]
+            if not any(alive):
+                return
+            tokens = drawn[:, None]
+            mask = torch.tensor(alive, device=inner.device)[:, None]
+    except RuntimeError as error:
+        if not _is_the_device(error):
+            raise
+        with suppress(RuntimeError):  # a GPU that is lost gives nothing back
+            if step is not None:
+                step.close()
+        step = None
+        raise _stopped(error, inner, cache, rows) from error
+    finally:
+        if step is not None:
+            step.close()
+
+
+def _is_the_device(error: RuntimeError) -> bool:
+    """Out of memory, or lost; PyTorch has no class of its own for a CPU that is out of memory."""
+    known = isinstance(error, (torch.OutOfMemoryError, torch.AcceleratorError))
+    return known or "can't allocate memory" in str(error)
+
+
+def _stopped(error: RuntimeError, model, cache: KVCache, rows: list[list[int]]) -> Stopped:
+    places = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    layer = next((place.attn.layer for place in places if isinstance(place, Block)), None)
+    cache.forget_pass()
+    where = f"in layer {layer} of {model.config.n_layers}" if layer is not None else "outside the layers"
+    said = str(error).strip().splitlines()[0]
+    return Stopped(f"{model.device} stopped {where}, after {cache.length:,} tokens read and {len(max(rows, key=len))} "
+                   f"new ones: {said} A shorter text, a smaller prefill_chunk or fewer recorded values take less. What "
+                   "was made before is in this error's `tokens`", rows, layer)  # fmt: skip
 
 
 def sample(logits: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator=None) -> Tensor:
@@ -137,6 +203,15 @@ def _check(model, ids, max_new_tokens, temperature, top_k, top_p, prefill_chunk,
     if need > model.config.n_ctx:
         raise ValueError(f"the longest prompt and max_new_tokens = {max_new_tokens} need {need} positions, "
                          f"the context has {model.config.n_ctx}")  # fmt: skip
+
+
+def _check_room(model, positions: int, batch: int, chunk: int) -> None:
+    c = model.config
+    if batch * positions * 2 * c.n_kv_heads * c.d_head * model.dtype.itemsize * c.n_layers < UNASKED:
+        return
+    room = plan(model, context=min(positions, c.n_ctx), batch=batch, chunk=chunk)
+    if not room.fits:
+        raise MemoryError(room.refusal("the prompt with its answer"))
 
 
 def _whole(value) -> bool:

@@ -50,7 +50,7 @@ class HookPoint:
     what: str
     writable: bool = True
     shared: bool = False  # part of memory that the model or another point holds: a record copies it
-    dtype: str = "model"  # "model", "float32" (at least), "int64"
+    dtype: str = "model"  # "model", "stream" (float32 beside a float16 model), "float32" (at least), "int64"
     aliases: tuple[str, ...] = ()
 
     def layer(self) -> int | None:
@@ -78,19 +78,19 @@ def _points() -> list[HookPoint]:
         return [
             point(f"{name}.hook_scale", "b s 1", f"sqrt(mean({of}²) + eps): the rms", dtype="float32"),
             point(f"{name}.hook_normalized", "b s d", f"{of} / scale, before the gain", dtype="float32"),
-            point(f"{name}.hook_out", "b s d", "normalized * weight", *aliases),
+            point(f"{name}.hook_out", "b s d", "normalized * weight", *aliases, dtype="stream"),
         ]
 
     b, hf = "blocks.{l}", "model.layers.{l}"
     return [
         point("hook_tokens", "b s", "token ids", "embed.hook_in", derived=True, shared=True, dtype="int64"),
-        point("hook_embed", "b s d", "embed.weight[tokens]", "embed.hook_out", "model.embed_tokens"),
+        point("hook_embed", "b s d", "embed.weight[tokens]", "embed.hook_out", "model.embed_tokens", dtype="stream"),
         point("rotary_emb.hook_cos", "s p", "cos(position * frequency) * concentration; b s p where a mask gives "
               "each row its own positions", f"{b}.attn.hook_cos", shared=True),
         point("rotary_emb.hook_sin", "s p", "sin(position * frequency) * concentration", f"{b}.attn.hook_sin",
               shared=True),
         point(f"{b}.hook_resid_pre", "b s d", "the residual stream before the layer", f"{b}.hook_in",
-              f"{b}.ln1.hook_in", shared=True),
+              f"{b}.ln1.hook_in", shared=True, dtype="stream"),
         *norm(f"{b}.ln1", "resid_pre", f"{b}.attn.hook_in", f"{b}.attn.q.hook_in", f"{b}.attn.k.hook_in",
               f"{b}.attn.v.hook_in", f"{hf}.input_layernorm"),
         point(f"{b}.attn.hook_q", "b s H h", "W_q ln1.out + b_q, before RoPE", f"{b}.attn.q.hook_out",
@@ -111,7 +111,7 @@ def _points() -> list[HookPoint]:
         point(f"{b}.attn.hook_result", "b s H d", "W_o[head] z[head]: each head's write, without b_o"),
         point(f"{b}.hook_attn_out", "b s d", "sum over heads of result, + b_o: what is added", f"{b}.attn.hook_out",
               f"{b}.attn.o.hook_out", f"{hf}.self_attn", f"{hf}.self_attn.o_proj"),
-        point(f"{b}.hook_resid_mid", "b s d", "resid_pre + attn_out", f"{b}.ln2.hook_in"),
+        point(f"{b}.hook_resid_mid", "b s d", "resid_pre + attn_out", f"{b}.ln2.hook_in", dtype="stream"),
         *norm(f"{b}.ln2", "resid_mid", f"{b}.mlp.hook_in", f"{b}.mlp.router.hook_in",
               f"{hf}.post_attention_layernorm"),
         point(f"{b}.mlp.hook_router_logits", "b s E", "W_r ln2.out + b_r, before top-k: an edit re-routes",
@@ -129,7 +129,7 @@ def _points() -> list[HookPoint]:
         point(f"{b}.mlp.hook_expert_out", "b s k d", "W_down post + b_down of each chosen expert, unweighted"),
         point(f"{b}.hook_mlp_out", "b s d", "sum over k of expert_weights * expert_out: what is added",
               f"{b}.mlp.hook_out", f"{hf}.mlp", f"{hf}.mlp.experts"),
-        point(f"{b}.hook_resid_post", "b s d", "resid_mid + mlp_out", f"{b}.hook_out", hf),
+        point(f"{b}.hook_resid_post", "b s d", "resid_mid + mlp_out", f"{b}.hook_out", hf, dtype="stream"),
         *norm("ln_final", "last resid_post", "unembed.hook_in", "model.norm"),
         point("unembed.hook_out", "b s V", "W_u ln_final.out: the logits", "hook_logits", "hook_unembed", "lm_head",
               shared=True),
@@ -438,6 +438,14 @@ class Activations(Mapping):
             x[where] = taken
         return x
 
+    def takes_all(self, device: torch.device) -> bool:
+        """Are values kept whole, and on this device?"""
+        return self._slice is None and self._device in (None, device)
+
+    def take(self, point: HookPoint, x: Tensor) -> None:
+        """Keep x itself: it is nobody else's."""
+        self._kept.setdefault(point.name, []).append(x)
+
     def __getitem__(self, key) -> Tensor:
         point = self.points[key]
         if point.name not in self._kept:
@@ -509,11 +517,17 @@ def cost(model: nn.Module, names: Names = None, batch: int = 1, pos: int = 1) ->
     return _bytes(inner, inner.hook_points.resolve(names), batch, pos, pos)
 
 
+def widths(dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of a number of each kind of point, in a model of this dtype."""
+    own, wide = dtype.itemsize, max(4, dtype.itemsize)
+    return {"model": own, "stream": wide if dtype == torch.float16 else own, "float32": wide, "int64": 8}
+
+
 def _bytes(model, points: list[HookPoint], batch: int, pos: int, keys: int) -> int:
     c, dtype = model.config, model.dtype
     sizes = dict(b=batch, s=pos, t=keys, d=c.d_model, H=c.n_heads, K=c.n_kv_heads, h=c.d_head, E=c.n_experts,
                  k=c.experts_per_token, f=c.d_ff, V=c.d_vocab, p=c.d_head // 2) | {"1": 1}  # fmt: skip
-    width = {"model": dtype.itemsize, "float32": max(4, dtype.itemsize), "int64": 8}
+    width = widths(dtype)
     return sum(width[p.dtype] * math.prod(sizes[letter] for letter in p.shape.split()) for p in points)
 
 

@@ -1,7 +1,9 @@
 """Where each tensor of the model lies in a checkpoint file: one table for reading, writing and checking."""
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, reduce
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -93,3 +95,20 @@ def recognise(names: set[str], config: Config) -> str | None:
 def layouts_of(config: Config) -> tuple[str, ...]:
     """The layouts that can hold this model: MXFP4 packs rows of a multiple of 32 numbers."""
     return LAYOUTS if config.d_model % 32 == config.d_ff % 32 == 0 else ("hf-dense",)
+
+
+@cache
+def table(config: Config, layout: str) -> dict[str, tuple[Piece, ...]]:
+    """Each tensor of the model, and what it is made of."""
+    return {ours: tuple(some) for ours, some in groupby(pieces(config, layout), lambda piece: piece.ours)}
+
+
+is_gain = re.compile(r"(.*\.ln[12]|ln_final)\.weight").fullmatch
+
+
+def dtypes(made_of: dict[str, tuple[Piece, ...]], stored: Callable[[str], torch.dtype], dtype=None) -> dict:
+    """Of each tensor in the model: `dtype`, else the widest of those stored; packed bytes, then gains, as stored."""
+    kept = {ours: reduce(torch.promote_types, (stored(one.name) for one in some)) for ours, some in made_of.items()}
+    numbers = [ours for ours, some in made_of.items() if not some[0].packed]
+    widest = reduce(torch.promote_types, (kept[ours] for ours in numbers if not is_gain(ours)))
+    return kept | {ours: dtype or (kept[ours] if is_gain(ours) else widest) for ours in numbers}

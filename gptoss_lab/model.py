@@ -16,19 +16,29 @@ from torch import Tensor, nn
 
 from . import fast, mxfp4
 from .config import Config
+from .fast import rotate
 from .hooks import Hooked, HookedModel, HookPoints
-from .kv_cache import KVCache
-from .rope import RotaryEmbedding, rotate
+from .kv_cache import KVCache, Visible
+from .rope import RotaryEmbedding
 
 if TYPE_CHECKING:
     import tiktoken
 
 
 class Linear(nn.Linear):
-    """x W' + b, as nn.Linear; for few rows by a quicker product.   [.. in] -> [.. out]"""
+    """x W' + b in the weight's dtype; for few rows by a quicker product.   [.. in] -> [.. out]"""
 
     def forward(self, x: Tensor) -> Tensor:
-        return fast.product(x, self.weight, self.bias)
+        return fast.product(x.to(self.weight.dtype), self.weight, self.bias)
+
+
+class Embed(nn.Embedding):
+    """A row of the table for each token. The table may stay in the host's memory, beside a GPU.   [b s] -> [b s d]"""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.weight.device != tokens.device:
+            return fast.lookup(self.weight, tokens)
+        return F.embedding(tokens, self.weight)
 
 
 class RMSNorm(Hooked):
@@ -39,8 +49,11 @@ class RMSNorm(Hooked):
         self.eps, self.weight = eps, nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
+        if not self.listeners and fast.norm_serves(x, self.weight):
+            return fast.norm(x, self.weight, self.eps)
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        scale = self.hook("scale", (wide.square().mean(-1, keepdim=True) + self.eps).sqrt())
+        rms = fast.rms(wide, self.eps) if fast.plain(wide) else (wide.square().mean(-1, keepdim=True) + self.eps).sqrt()
+        scale = self.hook("scale", rms)
         normalized = self.hook("normalized", wide / scale)
         return self.hook("out", (normalized * self.weight).to(x.dtype))
 
@@ -65,9 +78,9 @@ class Attention(Hooked):
         self.sinks = nn.Parameter(torch.zeros(config.n_heads))
         self.out = Linear(config.n_heads * config.d_head, config.d_model)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor, cache: KVCache | None) -> Tensor:
-        if not self.listeners and fast.next_token_serves(x, cache):
-            return fast.next_token(self, x, cos, sin, visible, cache)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visible, cache: KVCache | None) -> Tensor:
+        if not self.heard(*fast.INSIDE) and fast.next_token_serves(x, cache):
+            return self.write(*fast.next_token(self, x, cos, sin, visible, cache))
         q, k, v = self.qkv(x).unflatten(-1, (-1, self.config.d_head)).split(self.heads, dim=-2)
         q, k, v = self.hook("q", q), self.hook("k", k), self.hook("v", v)  # [b s H h], [b s K h], [b s K h]
         q = self.hook("rot_q", rotate(q, cos, sin))
@@ -81,7 +94,11 @@ class Attention(Hooked):
             z, sink_mass = fast.attention(q, k, v, sinks, visible)
         else:
             dropped = cache.dropped if heard and cache is not None and self.window is not None else 0
-            z, sink_mass = self.attend(q, k, v, sinks, visible, dropped)
+            z, sink_mass = self.attend(q, k, v, sinks, visible.mask, dropped)
+        return self.write(z, sink_mass)
+
+    def write(self, z: Tensor, sink_mass: Tensor) -> Tensor:
+        """What the heads read, z [b s H h], on its way into the residual stream.   -> [b s d]"""
         self.hook("sink_mass", sink_mass)
         z = self.hook("z", z)
         if self.heard("result"):
@@ -117,6 +134,8 @@ class Attention(Hooked):
 
 def route(logits: Tensor, k: int) -> Tensor:
     """The experts with the k largest logits, falling; of equal ones the first.   [b s E] -> [b s k]"""
+    if fast.route_serves(logits):
+        return fast.route(logits, k)
     return logits.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
@@ -151,6 +170,8 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, experts: Tensor) -> Tensor:
         """Row n through expert experts[n].   x [n in], experts [n] -> [n out]"""
+        if fast.rows_serve(self, x):
+            return fast.rows(self, x, experts)
         y = x.new_empty(x.shape[0], self.bias.shape[1])
         counts = experts.bincount(minlength=len(self.bias)).tolist()
         for expert, rows in enumerate(experts.argsort().split(counts)):
@@ -175,6 +196,7 @@ class MoE(Hooked):
         logits = self.hook("router_logits", self.router(x))
         indices = self.hook("expert_indices", route(logits, self.config.experts_per_token))
         weights = self.hook("expert_weights", logits.gather(-1, indices).softmax(dim=-1))
+        x = x.to(weights.dtype)  # beside a float16 model runs a float32 residual stream
         if self.heard(*self.inner_points):
             return self.mix(x, indices, weights)
         return fast.mix(self, x, indices, weights)
@@ -202,7 +224,7 @@ class Block(Hooked):
         self.ln1, self.attn = RMSNorm(config.d_model, config.norm_eps), Attention(config, layer)
         self.ln2, self.mlp = RMSNorm(config.d_model, config.norm_eps), MoE(config, packed)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor, cache: KVCache | None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, visible: Visible, cache: KVCache | None) -> Tensor:
         x = self.hook("resid_pre", x)
         x = x + self.hook("attn_out", self.attn(self.ln1(x), cos, sin, visible, cache))
         x = self.hook("resid_mid", x)
@@ -218,7 +240,7 @@ class Unembed(Hooked):
         self.weight = nn.Parameter(torch.zeros(d_vocab, d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.hook("out", fast.product(x, self.weight))
+        return self.hook("out", fast.product(x.to(self.weight.dtype), self.weight))
 
 
 class GptOss(HookedModel):
@@ -227,8 +249,8 @@ class GptOss(HookedModel):
     def __init__(self, config: Config, packed: bool = False):
         super().__init__()
         self.config = config
-        # Zeros, as every weight here: nn.Embedding's own random ones would take 1.5 s to import what draws them.
-        self.embed = nn.Embedding.from_pretrained(torch.zeros(config.d_vocab, config.d_model), freeze=False)
+        # Zeros, as every weight here: an Embedding's own random ones would take 1.5 s to import what draws them.
+        self.embed = Embed.from_pretrained(torch.zeros(config.d_vocab, config.d_model), freeze=False)
         self.rotary_emb = RotaryEmbedding(config)
         self.blocks = nn.ModuleList(Block(config, layer, packed) for layer in range(config.n_layers))
         self.ln_final = RMSNorm(config.d_model, config.norm_eps)
@@ -251,7 +273,7 @@ class GptOss(HookedModel):
 
     @property
     def device(self) -> torch.device:
-        return self.embed.weight.device
+        return self.unembed.weight.device
 
     def forward(
         self, tokens: Tensor, attention_mask: Tensor | None = None, *, cache: KVCache | None = None,
@@ -277,11 +299,15 @@ class GptOss(HookedModel):
         start = cache.length if cache is not None else 0
         begin(cache.id if cache is not None else None, start, *tokens.shape, stop)
         positions = (cache or KVCache(self.config)).place(tokens, attention_mask)
+        return self.read(tokens, positions, cache, stop, logits_to_keep)
+
+    def read(self, tokens: Tensor, positions, cache: KVCache | None, stop: int | None = None, logits_to_keep: int = 0):
+        """What `forward` does with arguments that have been checked."""
         tokens = self.hook("tokens", tokens)
-        x = self.hook("embed", self.embed(tokens))
-        cos, sin = self.rotary_emb(positions.query, x.dtype)
-        visible = {window: positions.visible(window, positions.key.shape[-1] - dropped) for window, dropped in
-                   ((None, 0), (self.config.sliding_window, cache.dropped if cache is not None else 0))}  # fmt: skip
+        x = self.embed(tokens)
+        x = self.hook("embed", x.float() if x.dtype == torch.float16 else x)  # float16 ends at 65,504
+        cos, sin = self.rotary_emb(positions.query, self.dtype)
+        visible = {window: positions.visible(window) for window in (None, self.config.sliding_window)}
         for block in self.blocks[:stop]:
             x = block(x, cos, sin, visible[block.attn.window], cache)
         if stop is not None:

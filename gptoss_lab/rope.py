@@ -57,7 +57,8 @@ class RotaryEmbedding(Hooked):
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions [s] or [b s] -> cos and sin [s h/2] or [b s h/2]"""
-        angle = positions.double().unsqueeze(-1) * self.frequencies.to(positions.device)
+        self.frequencies = self.frequencies.to(positions.device)  # to stay there: a CUDA graph cannot fetch them
+        angle = positions.double().unsqueeze(-1) * self.frequencies
         cos = self.hook("cos", (angle.cos() * self.concentration).to(dtype))
         sin = self.hook("sin", (angle.sin() * self.concentration).to(dtype))
         return cos, sin

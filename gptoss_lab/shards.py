@@ -27,6 +27,7 @@ DTYPES = {
 }
 CODES = {dtype: code for code, dtype in DTYPES.items()}
 INDEX = "model.safetensors.index.json"
+PART = 2**26  # bytes of a tensor that are in memory twice while it is copied
 SUMS = "SHA256SUMS"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _MAX_HEADER = 100_000_000  # the library's own limit
@@ -51,14 +52,18 @@ class Stored:
     def dtype(self) -> torch.dtype:
         return DTYPES[self.code]
 
-    def read(self) -> Tensor:
-        """A copy in memory of its own."""
-        raw = torch.empty(self.n_bytes, dtype=torch.uint8, device="cpu")
+    def parts(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows after rows, copies of at most PART bytes or one row: never the whole of a large tensor twice."""
+        row = self.n_bytes // self.shape[0]
+        some = max(1, PART // row)
         with open(self.path, "rb") as file:
             file.seek(self.begin)
-            if file.readinto(raw.numpy()) != self.n_bytes:
-                raise CheckpointError(f"{self.path} became shorter while it was read")
-        return raw.view(self.dtype).view(self.shape)
+            for first in range(0, self.shape[0], some):
+                rows = slice(first, min(first + some, self.shape[0]))
+                raw = torch.empty((rows.stop - first) * row, dtype=torch.uint8, device="cpu")
+                if file.readinto(raw.numpy()) != len(raw):
+                    raise CheckpointError(f"{self.path} became shorter while it was read")
+                yield rows, raw.view(self.dtype).view(-1, *self.shape[1:])
 
     @property
     def aligned(self) -> bool:

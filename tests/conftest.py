@@ -1,4 +1,5 @@
 """What every test stands on: data found before tiktoken looks for it, fixed seeds, runs that repeat."""
+import os
 import random
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import shared  # noqa: F401  sets where tiktoken finds its vocabulary: before anything imports that
 import torch
+
+os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported: see kernels.py
 
 ROOT = Path(__file__).resolve().parent.parent
 

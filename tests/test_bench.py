@@ -1,14 +1,19 @@
 """The benchmark runs and its statistics are right. Nothing here is timed."""
 import ast
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from models import one_thread, random_tokens  # noqa: F401
+from models import one_thread, random_model, random_tokens  # noqa: F401
 
 import gptoss_lab
-from bench import decode, forward, models, timing
-from gptoss_lab.config import TINY
+from bench import __main__, decode, experts, forward, ggml, models, timing
+from gptoss_lab import GptOss, mxfp4
+from gptoss_lab.config import TINY, published
+from gptoss_lab.fast import cpu
+from gptoss_lab.synth import synthesise
 
 PACKAGE = Path(gptoss_lab.__file__).parent
 
@@ -49,7 +54,7 @@ def test_a_bound_is_reached_up_to_its_value():
 def test_every_file_that_names_a_hook_point_loses_its_hooks_for_the_comparison():
     mechanism = {"hook", "heard", "listeners"}
     hooked = {path.relative_to(PACKAGE).with_suffix("").as_posix() for path in PACKAGE.rglob("*.py")
-              if path.name != "hooks.py" and mechanism & attributes(path.read_text())}  # fmt: skip
+              if path.name not in ("hooks.py", "step.py") and mechanism & attributes(path.read_text())}  # fmt: skip
     assert hooked == set(models.HOOKED_FILES)
     for file in hooked:
         bare = models.without_hook_calls((PACKAGE / f"{file}.py").read_text())
@@ -109,3 +114,85 @@ def test_streamed_and_dense_attention_give_one_summary():
             assert {"streamed", "dense"} <= set(values)
             for name, value in values.items():
                 torch.testing.assert_close(value, values["streamed"], atol=1e-5, rtol=1e-4, msg=name)
+
+
+def packed(*shape):
+    blocks, scales = torch.randint(256, (*shape, 16)), torch.randint(118, 122, shape)
+    return blocks.to(torch.uint8), scales.to(torch.uint8)
+
+
+def test_ggml_blocks_hold_the_same_numbers_in_their_order():
+    blocks, scales = packed(3, 5, 2)
+    theirs = ggml.blocks_of(blocks, scales)
+    assert theirs.shape == (3, 5, 2, 17) and theirs.dtype == torch.uint8
+    # dequantize_row_mxfp4 of ggml-quants.c: the low four bits of byte j are number j, the high four number j + 16
+    values = torch.tensor(mxfp4.MAGNITUDES + tuple(-m for m in mxfp4.MAGNITUDES))
+    numbers = torch.stack([values[(theirs[..., 1 + i % 16] >> 4 * (i // 16) & 15).int()] for i in range(32)], dim=-1)
+    numbers = numbers * torch.exp2(theirs[..., :1].float() - mxfp4.BIAS)
+    assert torch.equal(numbers.flatten(-2), mxfp4.unpack(blocks, scales, torch.float32))
+
+
+@pytest.mark.skipif(bool(ggml.missing()), reason=str(ggml.missing()))
+@pytest.mark.parametrize("repacked", [False, True])
+def test_ggml_multiplies_by_the_expert_that_is_asked_for(repacked):
+    blocks, scales = packed(3, 64, 8)
+    matrices, x = ggml.Matrices(blocks, scales, repacked), torch.randn(256)
+    for expert in (2, 0, 1):
+        exact = mxfp4.unpack(blocks[expert], scales[expert], torch.float64) @ x.double()
+        assert (matrices(expert, x) - exact).norm() < 0.02 * exact.norm()  # the vector is rounded to 8 bits
+
+
+@pytest.mark.skipif(cpu.compiled() is None, reason="no C++ compiler is here")
+def test_the_products_of_an_expert_are_checked_before_they_are_timed(capsys, monkeypatch):
+    moe = random_model(TINY.with_(n_layers=1, layer_types=TINY.layer_types[:1]), packed=True).blocks[0].mlp
+    with torch.no_grad():
+        experts.products(moe, rounds=2)
+        assert "relative error" in capsys.readouterr().out
+        multiply = cpu.multiply
+        monkeypatch.setattr(cpu, "multiply", lambda *given: 1.001 * multiply(*given))
+        with pytest.raises(AssertionError, match="ours, exact: relative error 1"):
+            experts.products(moe, rounds=2)
+
+
+def test_a_token_of_the_20b_reads_3_708_gigabytes():
+    from bench import whole
+
+    with torch.device("meta"):
+        model = GptOss(published("gpt-oss-20b"), packed=True).bfloat16()
+    assert whole.read_a_token(model) == 3_708_089_088
+
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="/proc is of Linux")
+
+
+@linux
+def test_the_peak_is_of_memory_that_no_file_stands_behind():
+    from bench import whole
+
+    with whole.Peak() as peak:
+        before = whole.anonymous()
+        x = torch.ones(2**24)
+        time.sleep(0.1)  # it is looked for every 5 ms, and the machine may have other work
+        del x
+    assert 60 * 2**20 < peak.n_bytes - before < 100 * 2**20
+
+
+@linux
+def test_a_whole_checkpoint_is_measured_in_a_process_of_its_own(tmp_path):
+    from bench import whole
+
+    folder = str(synthesise(TINY, tmp_path / "model"))
+    result = whole.measured("decode", folder, threads=1)
+    assert len(result["seconds"]) == whole.TIMED and 0 < result["kv"] < result["peak"]
+    assert whole.measured("prefill", folder, threads=1)["n"] == TINY.n_ctx
+    with pytest.raises(RuntimeError, match="prefill with 1 threads failed: .*nothing"):
+        whole.measured("prefill", str(tmp_path / "nothing"), threads=1)
+
+
+@pytest.mark.parametrize("given, said", [(["whole"], "of which checkpoint"), (["fast"], "no part fast"),
+                                         (["--rounds", "1"], "at least 2")])  # fmt: skip
+def test_a_wrong_part_is_told_before_anything_is_timed(given, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["bench", *given])
+    with pytest.raises(SystemExit):
+        __main__.main()
+    assert said in capsys.readouterr().err

@@ -21,7 +21,7 @@ from safetensors.numpy import save_file
 from shared import facts, needs_facts
 
 import gptoss_lab as lab
-from gptoss_lab import checkpoint, layouts, mxfp4, saving, shards, tokenizer
+from gptoss_lab import layouts, mxfp4, plan, saving, shards, tokenizer
 from gptoss_lab.checkpoint import CheckpointError, load
 from gptoss_lab.config import FULL, SLIDING, TINY, ConfigError, Yarn, published
 from gptoss_lab.saving import save
@@ -234,7 +234,7 @@ def test_what_save_pretrained_writes_is_read_as_it_is(dtype, model, tmp_path):
     assert again.ln_final.weight.dtype == kept["model.norm.weight"]  # float32 in a float16 model
     want = tiny_random(SMALL).to(dtype).state_dict()
     for name, x in again.state_dict().items():
-        exact = model.state_dict()[name].to(x.dtype) if checkpoint._is_gain(name) else want[name]
+        exact = model.state_dict()[name].to(x.dtype) if layouts.is_gain(name) else want[name]
         assert torch.equal(x, exact), name
     assert torch.isfinite(logits(again)).all()
     with torch.no_grad():
@@ -275,7 +275,7 @@ def test_mixed_dtypes_become_the_widest_and_norm_gains_stay(model, tmp_path):
     mixed.ln_final.double()
     again = load(save(mixed, tmp_path / "x"))
     assert again.ln_final.weight.dtype == torch.float64 and again.blocks[0].ln1.weight.dtype == torch.bfloat16
-    assert {p.dtype for name, p in again.named_parameters() if not checkpoint._is_gain(name)} == {torch.float32}
+    assert {p.dtype for name, p in again.named_parameters() if not layouts.is_gain(name)} == {torch.float32}
     assert all(torch.equal(again.state_dict()[name], x.to(again.state_dict()[name].dtype))
                for name, x in mixed.state_dict().items())  # fmt: skip
     logits(again)
@@ -621,27 +621,45 @@ def test_what_cannot_fit_is_told_before_a_byte_is_read(folder, model, dtype, byt
     def never(*_):
         raise AssertionError("a weight was read")
 
-    monkeypatch.setattr(shards.Stored, "read", never)
+    monkeypatch.setattr(shards.Stored, "parts", never)
     monkeypatch.setattr(shards, "map_file", never)
     monkeypatch.setattr(shards, "checksum_faults", never)
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: 1000)
+    monkeypatch.setattr(plan, "free_bytes", lambda device: 1000)
     weights = bytes_each * sum(x.numel() for x in model.parameters())
     with pytest.raises(MemoryError) as caught:
         load(folder, dtype=dtype)
-    need = int(str(caught.value).split("needs ")[1].split(" ")[0].replace(",", ""))
-    assert weights < need < 2 * weights  # the weights, and one tensor while it is transposed
-    assert "1,000 bytes" in str(caught.value) and "cpu" in str(caught.value)
+    said = str(caught.value)
+    need = int(said.split("needs ")[1].split(" ")[0].replace(",", ""))
+    assert weights < need < 2 * weights  # the weights, and a part of one while it is transposed
+    assert "1,000 bytes" in said and "cpu" in said and "weights: experts" in said and "No context fits" in said
 
 
 def test_what_is_mapped_needs_no_room(folder, model, monkeypatch):
     state = model.state_dict()
-    copied = [x for name, x in state.items() if "qkv" in name or name.endswith(("gate_up.weight", "down.weight"))]
-    largest = max(x.nbytes for x in copied)
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: sum(x.nbytes for x in copied) + largest)
+    copied = sum(x.nbytes for name, x in state.items() if "qkv" in name or name.endswith(("gate_up.weight", "down.weight")))
+    one = plan.plan(folder, context=1, device="cpu")
+    assert sum(n for name, n in one.parts.items() if name.startswith("weights")) == copied < sum(one.weights.values())
+    monkeypatch.setattr(plan, "free_bytes", lambda device: one.total)
     assert load(folder).config == model.config
-    monkeypatch.setattr(checkpoint, "free_bytes", lambda device: sum(x.nbytes for x in copied) - 1)
+    monkeypatch.setattr(plan, "free_bytes", lambda device: one.total - 1)
     with pytest.raises(MemoryError):
         load(folder)
+
+
+def test_a_large_tensor_is_copied_in_parts(folder, monkeypatch):
+    whole = load(folder, dtype=torch.float64).state_dict()
+    monkeypatch.setattr(shards, "PART", 300)
+    sizes, parts = [], shards.Stored.parts
+
+    def noted(self):
+        for rows, part in parts(self):
+            sizes.append((part.nbytes, self.n_bytes // self.shape[0], self.n_bytes))
+            yield rows, part
+
+    monkeypatch.setattr(shards.Stored, "parts", noted)
+    for name, x in load(folder, dtype=torch.float64).state_dict().items():
+        assert torch.equal(x, whole[name]), name
+    assert all(n <= max(300, row) for n, row, _ in sizes) and any(n < whole for n, _, whole in sizes)
 
 
 def test_a_folder_of_which_a_file_was_changed_is_told_which_and_how_to_go_on(folder):
@@ -670,15 +688,16 @@ def test_ctrl_c_while_loading_leaves_nothing(folder, monkeypatch):
     import gc
     import weakref
 
-    made, read = [], shards.Stored.read
+    made, parts = [], shards.Stored.parts
 
     def interrupted(self):
-        made.append(weakref.ref(x := read(self)))
-        if len(made) == 3:
-            raise KeyboardInterrupt
-        return x
+        for rows, x in parts(self):
+            made.append(weakref.ref(x))
+            if len(made) == 3:
+                raise KeyboardInterrupt
+            yield rows, x
 
-    monkeypatch.setattr(shards.Stored, "read", interrupted)
+    monkeypatch.setattr(shards.Stored, "parts", interrupted)
     with pytest.raises(KeyboardInterrupt):
         load(folder)
     gc.collect()

@@ -1,4 +1,4 @@
-"""Products with packed and bfloat16 weights on the CPU are those of the unpacked numbers, on every instruction set."""
+"""What is written in C++ gives the numbers of the readable way, on every instruction set."""
 import ctypes
 import platform
 import shutil
@@ -6,9 +6,11 @@ import subprocess
 
 import pytest
 import torch
-from models import random_model, tiny_config
+import torch.nn.functional as F
+import torch.utils.flop_counter
+from models import one_thread, random_model, random_tokens, tiny_config  # noqa: F401
 
-from gptoss_lab import fast, mxfp4
+from gptoss_lab import KVCache, fast, generate, model, mxfp4, record, rope
 from gptoss_lab.fast import cpu
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
@@ -40,10 +42,11 @@ def packed(*shape, low=0, high=255, seed=0):
 
 
 @needs_compiler
-def test_every_byte_at_every_scale_is_the_number_that_mxfp4_unpacks(built):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_byte_at_every_scale_is_the_number_that_mxfp4_unpacks(built, dtype):
     blocks = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(256, -1, -1).contiguous()
     scales = torch.arange(256, dtype=torch.uint8)[:, None].expand(-1, 16).contiguous()
-    ours, theirs = cpu.unpack(blocks, scales), mxfp4.unpack(blocks, scales, torch.float32)
+    ours, theirs = cpu.unpack(blocks, scales, dtype), mxfp4.unpack(blocks, scales, dtype)
     assert torch.equal(ours, theirs) and torch.equal(ours.signbit(), theirs.signbit())
 
 
@@ -83,7 +86,9 @@ def test_the_experts_are_those_of_the_readable_way(built, tokens, piece, monkeyp
 
 
 @needs_compiler
-def test_in_bfloat16_it_is_nearer_to_the_exact_numbers_than_the_readable_way(built):
+@pytest.mark.parametrize("quick", [False, True])
+def test_in_bfloat16_it_is_nearer_to_the_exact_numbers_than_the_readable_way(built, quick, monkeypatch):
+    monkeypatch.setattr(cpu, "bf16_is_quick", lambda: quick)
     config = tiny_config(n_experts=4)
     narrow, exact = (random_model(config, dtype=dtype, packed=True).blocks[0].mlp for dtype in (torch.bfloat16, torch.float64))
     for mine, its in zip(narrow.parameters(), exact.parameters()):
@@ -95,6 +100,180 @@ def test_in_bfloat16_it_is_nearer_to_the_exact_numbers_than_the_readable_way(bui
         ours, readable = fast.mix_packed(narrow, x, indices, weights), narrow.mix(x, indices, weights)
     off = [(y.double() - target).square().mean().item() for y in (ours, readable)]
     assert off[0] <= 1.1 * off[1]
+
+
+def close(ours, exact, units=8):
+    """Within a few units of the last place of the largest number."""
+    assert ours.dtype == torch.float32 and ours.shape == exact.shape
+    torch.testing.assert_close(ours.double(), exact.double(), atol=units * 6e-8 * exact.abs().max().item(), rtol=0)
+
+
+@needs_compiler
+@pytest.mark.parametrize("n, d_out, d_in", [(1, 1, 1), (2, 3, 15), (3, 4, 16), (4, 9, 33), (5, 6, 40), (11, 10, 130), (32, 8, 64)])
+def test_a_float32_product_is_that_of_float64(built, n, d_out, d_in):
+    x, weight, bias = torch.randn(n, d_in), torch.randn(d_out, d_in), torch.randn(d_out)
+    for b in (None, bias):
+        close(cpu.linear(x, weight, b), F.linear(x.double(), weight.double(), None if b is None else b.double()))
+
+
+@needs_compiler
+@pytest.mark.parametrize("n, d_out, d_in", [(1, 5, 40), (7, 6, 33), (40, 4, 16)])
+def test_float32_experts_are_those_of_float64_and_none_is_read_beyond_the_last(built, n, d_out, d_in):
+    x, experts = torch.randn(n, d_in), torch.randint(5, (n,))
+    weight, bias = torch.randn(5, d_out, d_in), torch.randn(5, d_out)
+    exact = torch.einsum("ni,noi->no", x.double(), weight[experts].double()) + bias[experts]
+    close(cpu.expert_rows(x, experts, weight, bias), exact)
+    for none in (-1, 5):
+        experts[-1] = none
+        with pytest.raises(IndexError, match="there are 0 to 4"):
+            cpu.expert_rows(x, experts, weight, bias)
+
+
+@needs_compiler
+@pytest.mark.parametrize("d", [1, 15, 16, 96, 130])
+def test_the_rms_is_that_of_float64(built, d):
+    x = torch.randn(2, 3, d)
+    close(cpu.rms(x, 1e-3), (x.double().square().mean(-1, keepdim=True) + 1e-3).sqrt())
+
+
+@needs_compiler
+@pytest.mark.parametrize("rows", [None, 3])
+def test_the_rotation_is_that_of_the_readable_way(built, rows):
+    qkv = torch.randn(3, 5, 7, 24)
+    x = qkv[:, :, 1:4]  # as q and k lie in one product
+    cos, sin = (torch.randn(*[rows] if rows else [], 5, 12) for _ in range(2))
+    close(cpu.rotate(x, cos, sin), rope.rotate(x.double(), cos.double(), sin.double()))
+
+
+@needs_compiler
+@pytest.mark.parametrize("batch, s, t, n_heads, n_kv_heads, h, window", [
+    (1, 1, 1, 1, 1, 2, None), (1, 1, 77, 8, 2, 32, None), (2, 5, 5, 6, 2, 24, 3), (3, 7, 20, 7, 1, 16, 8),
+    (1, 33, 40, 16, 2, 64, None), (2, 1, 17, 5, 5, 6, 4)])  # fmt: skip
+@pytest.mark.parametrize("padded", [False, True])
+def test_attention_is_that_of_the_readable_way(built, batch, s, t, n_heads, n_kv_heads, h, window, padded):
+    config = tiny_config(n_heads=n_heads, n_kv_heads=n_kv_heads, d_head=h)
+    q, k, v = torch.randn(batch, s, n_heads, h), torch.randn(batch, t + 3, n_kv_heads, h), torch.randn(batch, t, n_kv_heads + 2, h)
+    k, v = k[:, :t], v[:, :, 1:-1]  # a buffer with room, a view of q, k and v
+    sinks = torch.randn(n_heads)[:, None].expand(batch, -1, s).contiguous()
+    sinks[:, 0] = -torch.inf
+    distance = torch.arange(t - s, t)[:, None] - torch.arange(t)
+    visible = ((distance >= 0) & (distance < (window or t)))[None, None]
+    if padded:
+        hidden = torch.randint(2, (batch, 1, s, t)).bool() & (distance != 0)
+        visible = visible & ~hidden
+    readable = model.Attention(config, 0).attend(q.double(), k.double(), v.double(), sinks.double(), visible, 0)
+    for ours, exact in zip(cpu.attend(q, k, v, sinks, visible), readable):
+        close(ours, exact, units=30)
+
+
+@needs_compiler
+def test_two_threads_give_the_numbers_of_one(monkeypatch):
+    x, experts, h = torch.randn(9, 40), torch.randint(5, (9,)), torch.randn(9, 40)
+    weight, bias, (q, k) = torch.randn(5, 11, 40), torch.randn(5, 11), torch.randn(2, 3, 7, 4, 8)
+    visible = torch.ones(1, 1, 7, 7).tril().bool()
+    found = []
+    for threads in (1, 2):
+        monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
+        found.append([cpu.linear(x, weight[0], bias[0]), cpu.expert_rows(x, experts, weight, bias), cpu.swiglu(h, 2.0, 1.7),
+                      cpu.rotate(q, q[0, :, 0, :4].contiguous(), q[0, :, 1, :4].contiguous()),
+                      *cpu.attend(q, k, k, torch.zeros(3, 4, 7), visible)])  # fmt: skip
+    assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
+
+
+@needs_compiler
+def test_the_exponential_is_near_and_ends_where_float32_does(built):
+    sigmoid = lambda x: cpu.swiglu(torch.stack([x, torch.zeros_like(x)], -1), 1e30, 1.0)[:, 0] / x
+    x = torch.cat([torch.linspace(-87, 87, 100_000), torch.tensor([-1e4, -100.0, 100.0, 1e4])])
+    close(sigmoid(x), x.double().sigmoid(), units=4)
+    small = torch.linspace(-80, -20, 100_000)  # where a sigmoid is the exponential
+    assert (sigmoid(small) / small.double().exp() - 1).abs().max() < 5e-7
+
+
+@needs_compiler
+@pytest.mark.parametrize("f", [1, 7, 16, 33])
+def test_the_swiglu_is_that_of_the_readable_way(built, f):
+    h = 4 * torch.randn(5, 2 * f)
+    gate, linear = h.double()[:, 0::2].clamp(max=2), h.double()[:, 1::2].clamp(-2, 2)
+    close(cpu.swiglu(h, 2.0, 1.702), model.swiglu(gate, linear, 1.702))
+
+
+@needs_compiler
+@pytest.mark.parametrize("n_experts, k", [(1, 1), (5, 5), (8, 4), (128, 4)])
+def test_the_largest_are_those_of_a_stable_sort_also_among_equals_and_without_numbers(built, n_experts, k):
+    x = torch.randint(6, (3, 100, n_experts)).float()
+    x[torch.rand_like(x) < 0.05], x[torch.rand_like(x) < 0.05] = torch.nan, torch.inf
+    assert torch.equal(cpu.top(x, k), x.sort(dim=-1, descending=True, stable=True).indices[..., :k])
+
+
+@needs_compiler
+def test_nan_in_what_is_read_is_nan_in_what_comes_out(built):
+    nan = torch.tensor([[torch.nan, 1.0, 1.0, torch.nan]])
+    assert cpu.swiglu(nan, 7.0, 1.702).isnan().all() and cpu.rms(nan, 1e-5).isnan().all()
+    q, k = torch.ones(1, 1, 1, 4), torch.ones(1, 3, 1, 4)
+    k[0, 1] = torch.nan
+    visible = torch.tensor([True, True, False])[None, None, None]
+    z, mass = cpu.attend(q, k, torch.ones_like(k), torch.zeros(1, 1, 1), visible)
+    assert z.isnan().all() and mass.isnan().all()
+    z, mass = cpu.attend(q, k, torch.ones_like(k), torch.zeros(1, 1, 1), visible.roll(1, -1) & visible.roll(-1, -1))
+    assert z.isfinite().all() and mass.isfinite().all()
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("d_ff", [64, 96])
+def test_a_model_in_float32_is_as_near_to_float64_as_the_readable_way(built, d_ff, monkeypatch):
+    """Whole, padded, in chunks and token by token past the window: with the library and without."""
+    config = tiny_config(n_ctx=512, d_ff=d_ff, n_heads=6, n_kv_heads=2)
+    lab, exact = (random_model(config, dtype=dtype) for dtype in (torch.float32, torch.float64))
+    exact.load_state_dict(lab.state_dict())
+    tokens, mask = random_tokens(config, 2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, :9] = 0
+
+    def all_ways(given):
+        with record(given) as acts:
+            yield given(tokens)
+        yield from acts.values()
+        yield given(tokens, mask)[:, 9:]
+        cache = KVCache(config)
+        yield torch.cat([given(part, m, cache=cache) for part, m in zip(tokens.split(13, 1), mask.split(13, 1))], 1)[:, 9:]
+        cache = KVCache(config)
+        yield torch.cat([given(tokens[:1, [i]], cache=cache) for i in range(40)], 1)
+
+    ours, targets = list(all_ways(lab)), list(all_ways(exact))
+    monkeypatch.setattr(cpu, "compiled", lambda: None)
+    for mine, readable, target in zip(ours, all_ways(lab), targets, strict=True):
+        scale = target.double().std() if target.is_floating_point() else 1
+        assert (mine - target).abs().max() <= 2 * (readable - target).abs().max() + 2e-6 * scale
+
+
+@needs_compiler
+@torch.no_grad()
+def test_few_rows_go_through_the_library_and_through_every_layer_that_somebody_put_in_place_or_hooked(monkeypatch):
+    lab, tokens, called = random_model(tiny_config(), dtype=torch.float32), random_tokens(tiny_config(), 1, 5), []
+    real = cpu._call
+    monkeypatch.setattr(cpu, "_call", lambda name, *given: called.append(name) or real(name, *given))
+    lab(tokens)
+    assert set(called) == {"linear", "rms", "rotate", "attend", "top", "expert_rows", "swiglu"}
+    for path in ("ln1", "attn.qkv", "attn.out", "mlp.router", "mlp.gate_up", "mlp.down"):
+        called.clear()
+        handle = lab.blocks[1].get_submodule(path).register_forward_hook(lambda *given: called.append("hook"))
+        generate(lab, tokens, 3, stop=())
+        assert called.count("hook") == 3, path
+        handle.remove()
+
+
+@needs_compiler
+def test_who_follows_the_operations_gets_operations(monkeypatch):
+    x, weight = torch.randn(2, 3, 8), torch.randn(4, 8)
+    assert not fast.plain(x, weight)  # gradients may be asked for
+    with torch.no_grad():
+        assert fast.plain(x, weight) and not fast.plain(x, weight.double()) and not fast.plain(x.to("meta"))
+        with torch.utils.flop_counter.FlopCounterMode(display=False) as flops:
+            assert not fast.plain(x, weight)
+            fast.product(x, weight)
+        assert flops.get_total_flops() == 2 * 6 * 4 * 8
+        with torch.device("cpu"):
+            assert not fast.plain(x)
 
 
 def test_without_a_compiler_or_when_it_is_turned_off_there_is_no_library(monkeypatch, tmp_path):

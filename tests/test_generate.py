@@ -2,13 +2,14 @@
 import functools
 import itertools
 import math
+import sys
 
 import pytest
 import torch
 from models import one_thread, random_model, random_tokens, tiny_config  # noqa: F401
 
-from gptoss_lab import KVCache, edit, generate, record, stream
-from gptoss_lab.generate import sample
+from gptoss_lab import KVCache, edit, generate, plan, record, stream
+from gptoss_lab.generate import Stopped, sample
 
 CONFIG = tiny_config(n_layers=3)
 PROMPTS = [random_tokens(CONFIG, 1, length, seed=length)[0].tolist() for length in (11, 3, 17)]
@@ -340,3 +341,53 @@ def test_a_setting_that_means_nothing_is_refused_with_its_value_and_bounds(setti
 def test_a_prompt_that_is_none_is_refused(prompts, message):
     with pytest.raises(ValueError, match=message):
         generate(model(), prompts, 2)
+
+
+# ------------------------------------------------------------------------------------------ memory, and devices that fail
+
+
+def test_more_positions_than_fit_are_refused_with_the_largest_that_do(monkeypatch):
+    lab = model()
+    module = sys.modules["gptoss_lab.generate"]
+    monkeypatch.setattr(module, "UNASKED", 0)
+    room = plan.plan(lab, context=60, device="cpu", memory=None)
+    monkeypatch.setattr(plan, "free_bytes", lambda device: room.total)
+    with record(lab) as acts, pytest.raises(MemoryError, match="The largest context that fits is 60"):
+        generate(lab, random_tokens(lab.config, 1, 50), 11, stop=())
+    assert not len(acts)
+    assert len(generate(lab, random_tokens(lab.config, 1, 50), 10, stop=())[0]) == 10
+
+
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.\nmore"),
+    torch.AcceleratorError("CUDA error: device-side assert"),
+    RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 99 bytes."),
+])  # fmt: skip
+def test_a_device_that_fails_leaves_the_tokens_so_far_and_a_model_that_works(error):
+    lab = model()
+    prompt, calls = random_tokens(lab.config, 1, 5), []
+    expected = generate(lab, prompt, 12, stop=())[0]
+
+    def fail(x):
+        calls.append(0)
+        if len(calls) == 6:
+            raise error
+
+    cache = KVCache(lab.config)
+    with edit(lab, {("mlp_out", 2): fail}), pytest.raises(Stopped) as caught:
+        generate(lab, prompt, 12, stop=(), cache=cache)
+    said = str(caught.value)
+    assert caught.value.tokens == [expected[:5]] and caught.value.layer == 2 and caught.value.__cause__ is error
+    assert "in layer 2 of 3" in said and str(error).splitlines()[0] in said and "more\n" not in said
+    assert cache.length == 9 and not cache._pending and not lab.listened_to
+    rest = generate(lab, [[expected[4]]], 7, stop=(), cache=cache)[0]
+    assert rest == expected[5:]
+
+
+def test_an_error_of_another_kind_is_left_as_it_is():
+    lab = model()
+    def fail(x):
+        raise RuntimeError("mine")
+
+    with edit(lab, {("mlp_out", 2): fail}), pytest.raises(RuntimeError, match="^mine$"):
+        generate(lab, random_tokens(lab.config, 1, 5), 3, stop=())

@@ -91,3 +91,24 @@ def test_the_residual_stream_adds_up_as_recorded(recorded):
     added = recorded("mlp_output_after_routing_weighted_sum_before_residual")
     assert torch.equal(before + added, recorded("hidden_state_after_mlp_residual_add"))
 
+
+
+def test_in_float16_nothing_recorded_overflows(recorded):
+    """As on a card without bfloat16: what attention, the experts and the router make of the real values."""
+    half = lambda name: recorded(name).half()
+    scores = half("masked_scaled_qk_logits_pre_softmax")
+    assert scores.isfinite().logical_or(recorded("masked_scaled_qk_logits_pre_softmax").isinf()).all()
+    pattern, mass = softmax_with_sink(scores[None, :, None, :-1], scores[None, :, None, -1])
+    got = torch.cat([pattern, mass[..., None]], -1)[0, :, 0].float()
+    torch.testing.assert_close(got, recorded("attention_probs_post_softmax").float(), atol=2e-3, rtol=2**-7)
+    rows = half("expert30_mlp1_output_before_swiglu")
+    post = swiglu(rows[0::2].clamp(max=LIMIT), rows[1::2].clamp(-LIMIT, LIMIT), ALPHA).float()
+    wide = recorded("expert30_mlp1_output_before_swiglu").double()
+    exact = swiglu(wide[0::2].clamp(max=LIMIT), wide[1::2].clamp(-LIMIT, LIMIT), ALPHA).float()
+    torch.testing.assert_close(post, exact, atol=1e-2, rtol=2**-8)
+    at = "layer1_final_token_"
+    out = half(at + "selected_expert_outputs_before_routing_weighted_sum")[None, None]
+    weights = torch.tensor(recorded.data["layer1_routing"]["weights"]).half()[None, None]
+    added = einsum(weights, out, "b s k, b s k d -> b s d").flatten()
+    after = recorded("hidden_state_after_attention_residual_add_before_mlp").float() + added.float()
+    assert after.isfinite().all() and added.abs().max() < 65_504

@@ -34,7 +34,7 @@ def test_a_patch_is_the_forward_pass_with_one_vector_exchanged(model):
                 x, y = model(TOKENS, stop_at_layer=layer), model(OTHER, stop_at_layer=layer)
                 x[:, position] = y[:, position]
                 for block in model.blocks[layer:]:
-                    x = block(x, cos, sin, positions.visible(block.attn.window, 12), None)
+                    x = block(x, cos, sin, positions.visible(block.attn.window), None)
                 want = (METRIC(model.unembed(model.ln_final(x))) - low) / (high - low).mean()
                 assert torch.allclose(result.effect[layer, i], want, atol=1e-9)
 

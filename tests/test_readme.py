@@ -52,7 +52,7 @@ def test_every_link_inside_the_project_leads_somewhere():
 
 def test_every_command_and_make_target_it_names_exists(capsys):
     commands = set(re.findall(r"`gptoss-lab ([\w-]+)", README))
-    assert commands == {"inspect", "verify", "hooks", "generate", "chat", "train-tiny", "synth"}
+    assert commands == {"inspect", "verify", "hooks", "generate", "chat", "train-tiny", "synth", "plan"}
     for command in commands:
         with pytest.raises(SystemExit) as ended:
             cli.main([command, "--help"])

@@ -37,7 +37,7 @@ normalized and out need their norm as well: `("scale", 3, "ln1")`. The tables gi
 TransformerLens 4 and short ones, and the *Hugging Face* module whose output the value is.
 
 A **derived** point can be read and not edited: it is a reading of values that are points themselves. Types are the
-model's, except where a table says float32 or int64.
+model's, except where a table says float32 or int64; the residual stream of a float16 model is float32, and its norms.
 
 *Cost* is what recording keeps for one token and one layer of gpt-oss-20b in bfloat16; `keys` is the number of keys.
 [`lab.cost`][gptoss_lab.hooks.cost] says it for your model. No names means the cheap group {default}: {total} a
@@ -70,7 +70,7 @@ def row(point: HookPoint, config) -> str:
     what = plain(point.what)
     if not point.writable:
         what += ", **derived**"
-    if point.dtype != "model":
+    if point.dtype not in ("model", "stream"):
         what += f", {point.dtype}"
     hf = [alias for alias in point.aliases if re.match(r"model\.|lm_head", alias)]
     for label, names in ("Also", [alias for alias in point.aliases if alias not in hf]), ("Hugging Face", hf):

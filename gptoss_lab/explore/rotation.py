@@ -92,7 +92,7 @@ def pair(model: nn.Module, tokens: Tensor, layer: int, head: int) -> tuple[Tenso
 def turned(model: nn.Module, x: Tensor, positions: Tensor) -> Tensor:
     """x at each of these positions, as the model would turn it.   x [h], positions [n] -> [n h], float64"""
     rotary = unwrapped(model).rotary_emb
-    angle = positions.double()[:, None] * rotary.frequencies.double()
+    angle = positions.double()[:, None] * rotary.frequencies.to(positions.device)
     cos, sin = angle.cos() * rotary.concentration, angle.sin() * rotary.concentration
     return rotate(x.double().expand(1, len(positions), 1, -1), cos, sin)[0, :, 0]
 

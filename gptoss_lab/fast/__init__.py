@@ -2,13 +2,63 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn import Parameter
 
-from ..rope import rotate
-from . import cpu
+from .. import rope
+from ..kv_cache import Visible
+from . import cpu, gpu
+
+# ------------------------------------------------------------------------------------------ rows
+
+
+def lookup(weight: Tensor, tokens: Tensor) -> Tensor:
+    """Rows of a table that lies in another memory than the tokens.   [V d], [b s] -> [b s d]"""
+    if gpu.serves(tokens) and weight.is_pinned():
+        from .gpu import rows
+
+        return rows.lookup(weight, tokens)
+    return F.embedding(tokens.to(weight.device), weight).to(tokens.device)
+
+
+def norm_serves(x: Tensor, weight: Tensor) -> bool:
+    """On a GPU, in one kernel instead of eight."""
+    return gpu.serves(x, weight)
+
+
+def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """RMSNorm.   [.. d] -> [.. d]"""
+    from .gpu import rows
+
+    return rows.rms_norm(x, weight, eps, x.dtype)
+
+
+def route_serves(logits: Tensor) -> bool:
+    """In one operation instead of several."""
+    return gpu.serves(logits) or plain(logits)
+
+
+def route(logits: Tensor, k: int) -> Tensor:
+    """The k largest, of equal ones the first.   [b s E] -> [b s k]"""
+    if plain(logits):
+        return cpu.top(logits.contiguous(), k)
+    from .gpu import rows
+
+    return rows.route(logits, k)
+
+
+def step(model, cache, capacity: int, last=None):
+    """On a GPU, the CUDA graph that reads one token after another, `last` or a new one; None where none serves."""
+    if not gpu.reaches(model.unembed.weight):
+        return None
+    from .gpu.step import following
+
+    return following(last, model, cache, capacity)
+
 
 # ------------------------------------------------------------------------------------------ products
 
 
+ROWS = 32  # of float32 that C++ multiplies: beyond, PyTorch's product is quicker
 FEW = 8  # rows for which a weight is widened while it is read; more share a widened copy
 
 
@@ -25,8 +75,14 @@ def product_is_turned(n: int, d_in: int, d_out: int, x: Tensor) -> bool:
 
 
 def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear, for few rows as weight @ x.T instead of x @ weight.T, in half the time.   [.. in] -> [.. out]"""
+    """F.linear, for few rows in C++ or as weight @ x.T instead of x @ weight.T.   [.. in] -> [.. out]"""
     n = x.shape[:-1].numel()
+    if n <= gpu.FEW and gpu.serves(x, weight):
+        from .gpu import rows
+
+        return rows.product(x.reshape(n, -1), weight, bias).view(*x.shape[:-1], -1)
+    if n <= ROWS and plain(x, weight) and weight.is_contiguous():
+        return cpu.linear(x.contiguous(), weight, bias)
     if n <= FEW and narrow_serves(x, weight):
         y = cpu.bf16_product(x.reshape(n, -1), weight).view(*x.shape[:-1], -1)
         return (y if bias is None else y + bias).to(x.dtype)
@@ -43,40 +99,106 @@ def by_hand(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
 
 
+def plain(*tensors: Tensor) -> bool:
+    """Float32 on the CPU, for C++: no gradient, compiler or mode (one that counts operations, say) is to follow."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or cpu.compiled() is None:
+        return False
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    return all(x.dtype == torch.float32 and x.is_cpu and type(x) in (Tensor, Parameter) for x in tensors)
+
+
+# ------------------------------------------------------------------------------------------ norms and rotations
+
+
+def rms(x: Tensor, eps: float) -> Tensor:
+    """sqrt(mean(x^2) + eps), for float32 where `plain` holds.   [.. d] -> [.. 1]"""
+    return cpu.rms(x.contiguous(), eps)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """rope.rotate, in one operation instead of eleven."""
+    if plain(x, cos, sin) and x.stride()[2:] == (x.shape[3], 1) and cos.is_contiguous() and sin.is_contiguous():
+        return cpu.rotate(x, cos, sin)
+    return rope.rotate(x, cos, sin)
+
+
 # ------------------------------------------------------------------------------------------ attention
+
+
+QUERIES = 512  # of a full layer at a time
+
+
+INSIDE = ("q", "k", "v", "rot_q", "rot_k", "sink_scores", "attn_scores", "pattern")  # values that `next_token` skips
 
 
 def next_token_serves(x: Tensor, cache) -> bool:
     """One token after those in a cache."""
-    return cache is not None and x.shape[:2] == (1, 1) and by_hand(x)
+    if cache is None or x.shape[1] != 1:
+        return False
+    return cache.fixed or x.shape[0] == 1 and by_hand(x) and not plain(x)
 
 
-def next_token(attn, x: Tensor, cos: Tensor, sin: Tensor, visible: Tensor, cache) -> Tensor:
-    """All of attention for one token, in few operations: query heads (K g) are the rows of key head K's product."""
+def next_token(attn, x: Tensor, cos: Tensor, sin: Tensor, visible: Visible, cache) -> tuple[Tensor, Tensor]:
+    """All of attention for one token, in few operations: query heads (K g) are the rows of key head K's product.
+
+    x [b 1 d] -> z [b 1 H h], sink_mass [b H 1]
+    """
+    if cache.fixed:
+        return cache.next_token(attn, x, cos, sin)
     n_heads, n_kv_heads, h = attn.config.n_heads, attn.config.n_kv_heads, attn.config.d_head
     qkv = attn.qkv(x).view(1, 1, -1, h)
     qk, v = qkv.split_with_sizes([n_heads + n_kv_heads, n_kv_heads], 2)
     q, k = rotate(qk, cos, sin).split_with_sizes([n_heads, n_kv_heads], 2)
     k, v = cache.extend(attn.layer, k, v)
     q = q.view(n_kv_heads, -1, h) * h**-0.5
-    scores = torch.bmm(q, k[0].permute(1, 2, 0)).masked_fill_(~visible[0], -torch.inf)
+    scores = torch.bmm(q, k[0].permute(1, 2, 0)).masked_fill_(~visible.mask[0], -torch.inf)
     probability = torch.cat([scores, attn.sinks.view(n_kv_heads, -1, 1)], dim=-1).softmax(dim=-1)
     z = torch.bmm(probability[..., :-1], v[0].transpose(0, 1))
-    return attn.out(z.view(1, 1, -1))
+    return z.view(1, 1, n_heads, h), probability[..., -1].reshape(1, n_heads, 1)
+
+
+NEAR = 1024  # keys that C++ reads for many queries: they stay in the cache, and only the visible ones are read
 
 
 def attention_serves(q: Tensor, k: Tensor) -> bool:
-    """The CPU flash kernel gives no gradient through its log-sum-exp, on which the sink depends."""
+    """Flash kernels give no gradient through their log-sum-exp, on which the sink depends."""
+    if gpu.serves(q, k):
+        return True
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     return q.device.type == "cpu" and not grad
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """q [b s H h], k and v [b t K h], sinks [b H s], visible [b 1 s t] -> z [b s H h], sink_mass [b H s]
+def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
+    """q [b s H h], k and v [b t K h], sinks [b H s] -> z [b s H h], sink_mass [b H s]
 
     A softmax over [scores, sink] is the softmax over the scores times sigmoid(lse - sink), lse being the log of the
     sum of exp(scores), which flash kernels return; sigmoid(sink - lse) is the sink's mass.
     """
+    if gpu.serves(q, k):
+        from .gpu import attention as kernels
+
+        return kernels.attention(q, k, v, sinks, visible)
+    if (q.shape[1] == 1 or k.shape[1] <= NEAR) and plain(q, k, v, sinks):
+        k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (k, v))
+        return cpu.attend(q.contiguous(), k, v, sinks.contiguous(), visible.mask.contiguous())
+    # Some queries at a time: the mask does not grow with the square of the text, and a window skips the keys before it.
+    rows = QUERIES if visible.window is None else max(visible.window, 64)
+    if q.shape[1] > rows:
+        parts = []
+        for begin in range(0, q.shape[1], rows):
+            some = slice(begin, begin + rows)
+            seen, keys = visible.of(some)
+            parts.append(attention(q[:, some], k[:, keys], v[:, keys], sinks[..., some], seen))
+        z, sink_mass = zip(*parts)
+        return torch.cat(z, dim=1), torch.cat(sink_mass, dim=2)
+    z, lse = flash(q, k, v, visible.mask)
+    keep = torch.sigmoid(lse - sinks).unsqueeze(-1).to(z.dtype)
+    return (z * keep).transpose(1, 2), torch.sigmoid(sinks - lse).to(z.dtype)
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """Without a sink.   q [b s H h], k and v [b t K h], visible [b or 1, 1, s, t] -> [b H s h], lse [b H s]"""
     b, s, n_heads, _ = q.shape
     groups = n_heads // k.shape[2]
     # The kernel wants a key head for each query head: a key head and its queries become a sequence of their own.
@@ -87,21 +209,29 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Tensor) -
         mask = mask.repeat_interleave(len(q) // b, dim=0)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the kernel does not look
     z, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=mask)
-    z, lse = z.reshape(b, n_heads, s, -1), lse.reshape(b, n_heads, s)
-    keep = torch.sigmoid(lse - sinks).unsqueeze(-1).to(z.dtype)
-    return (z * keep).transpose(1, 2), torch.sigmoid(sinks - lse).to(z.dtype)
+    return z.reshape(b, n_heads, s, -1), lse.reshape(b, n_heads, s)
 
 
 # ------------------------------------------------------------------------------------------ experts
 
-PIECE = 96  # rows of a matrix unpacked at a time: 1.1 MB in float32 at the published width, the second cache
+SLOTS = 256  # tokens times experts of each that C++ multiplies
+PIECE = 96  # rows of a matrix unpacked at a time, in bfloat16 192: 1.1 MB at the published width, the second cache
 
 
 def mix(moe, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """The chosen experts, each over the tokens that chose it.   x [b s d], indices and weights [b s k] -> [b s d]"""
+    if moe.gate_up.packed and moe.down.packed and gpu.serves(x, moe.gate_up.blocks, moe.down.blocks):
+        from .gpu import experts as kernels
+
+        return kernels.mix(moe, *(y.flatten(0, 1) for y in (x, indices, weights))).view_as(x)
     if packed_serves(moe, x):
         return mix_packed(moe, x, indices, weights)
     tokens, experts = x.flatten(0, 1), indices.flatten()
+    if len(experts) <= SLOTS and plain(x):
+        n, k = len(tokens), indices.shape[-1]
+        h = moe.gate_up(tokens.unsqueeze(1).expand(n, k, -1).reshape(n * k, -1), experts)
+        y = moe.down(swiglu(h, moe.config), experts)
+        return torch.bmm(weights.reshape(n, 1, k), y.view(n, k, -1)).view_as(x)
     d_out, d_in = moe.gate_up.bias.shape[1], tokens.shape[1]
     if tokens.shape[0] == 1 and by_hand(x) and product_is_turned(1, d_in, d_out, x):
         return mix_one_token(moe, tokens, experts, weights.flatten(0, 1)).view_as(x)
@@ -119,6 +249,15 @@ def mix(moe, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         y = _join([product(part, moe.down.matrix(e), moe.down.bias[e]) for e, part in parts])
         out = out.index_add_(0, rows[mine], y * weights[mine])
     return out.view_as(x)
+
+
+def rows_serve(layer, x: Tensor) -> bool:
+    """Few rows through dense experts."""
+    return len(x) <= SLOTS and not layer.packed and plain(x, layer.weight, layer.bias) and layer.weight.is_contiguous()
+
+
+def rows(layer, x: Tensor, experts: Tensor) -> Tensor:
+    return cpu.expert_rows(x.contiguous(), experts.contiguous(), layer.weight, layer.bias.contiguous())
 
 
 def mix_one_token(moe, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
@@ -143,39 +282,45 @@ def mix_packed(moe, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
     """As `mix`; sums in float32, rounded to x's dtype where the readable way rounds."""
     (n, d), k, experts = x.flatten(0, 1).shape, indices.shape[-1], indices.flatten()
     at = torch.arange(n * k)
-    h = packed_product(moe.gate_up, x.reshape(n, d), experts, at // k) + moe.gate_up.bias[experts]
-    post = swiglu(h.to(x.dtype), moe.config)
-    y = (packed_product(moe.down, post, experts, at) + moe.down.bias[experts]).to(x.dtype).float()
+    post = swiglu(packed_product(moe.gate_up, x.reshape(n, d), experts, at // k), moe.config)
+    y = packed_product(moe.down, post, experts, at).float()
     return (weights.reshape(n, k, 1).float() * y.view(n, k, d)).sum(1).to(x.dtype).view_as(x)
 
 
 def packed_product(layer, x: Tensor, experts: Tensor, rows: Tensor) -> Tensor:
-    """Row rows[i] of x through expert experts[i].   x [m in], experts and rows [n] -> [n out] float32
+    """Row rows[i] of x through expert experts[i], bias and all.   x [m in], experts and rows [n] -> [n out]
 
-    A vector or a few are multiplied by the packed numbers; many by a piece of the matrix that stays in the cache.
+    A vector or a few are multiplied by the packed numbers; many by a piece of the matrix that stays in the cache: of
+    bfloat16 where x is and the processor multiplies it, in 0.4 of the time.
     """
     counts = experts.bincount(minlength=len(layer.bias))
     if counts.max() <= FEW:
-        return cpu.multiply(layer.blocks, layer.scales, experts, rows, x)
-    y, order, begin = torch.empty(len(experts), layer.bias.shape[1]), experts.argsort(stable=True), 0
+        y = cpu.multiply(layer.blocks, layer.scales, experts, rows, x)
+        return (y + layer.bias[experts]).to(x.dtype)
+    wide = x.dtype if cpu.bf16_is_quick() else torch.float32
+    y, order, begin = x.new_empty(len(experts), layer.bias.shape[1]), experts.argsort(stable=True), 0
     for expert, count in enumerate(counts.tolist()):
         mine = order[begin : begin + count]
         begin += count
         if 0 < count <= FEW:
-            y[mine] = cpu.multiply(layer.blocks, layer.scales, experts[mine], rows[mine], x)
+            part = cpu.multiply(layer.blocks, layer.scales, experts[mine], rows[mine], x)
+            y[mine] = (part + layer.bias[expert]).to(x.dtype)
         elif count:
-            part, out = x.index_select(0, rows[mine]).float(), torch.empty(count, y.shape[1])
-            for at in range(0, y.shape[1], PIECE):
-                piece = slice(at, at + PIECE)
-                w = cpu.unpack(layer.blocks[expert, piece], layer.scales[expert, piece])
-                out[:, piece] = part @ w.T
-            y[mine] = out
+            part, bias = x.index_select(0, rows[mine]).to(wide), layer.bias[expert].to(wide)
+            out, n = part.new_empty(count, y.shape[1]), PIECE * 4 // wide.itemsize
+            for at in range(0, y.shape[1], n):
+                piece = slice(at, at + n)
+                w = cpu.unpack(layer.blocks[expert, piece], layer.scales[expert, piece], wide)
+                out[:, piece] = F.linear(part, w, bias[piece])
+            y[mine] = out.to(x.dtype)
     return y
 
 
 def swiglu(h: Tensor, config) -> Tensor:
     """gate * sigmoid(alpha * gate) * (linear + 1), clamped.   [n 2f] -> [n f]"""
     limit = config.swiglu_limit
+    if plain(h) and h.is_contiguous():
+        return cpu.swiglu(h, limit, config.swiglu_alpha)
     gate, linear = h.view(h.shape[0], -1, 2).unbind(-1)  # rows alternate: gate 0, linear 0, gate 1, ...
     gate, linear = gate.clamp(max=limit), linear.clamp(-limit, limit)
     post = (config.swiglu_alpha * gate).sigmoid_() * gate

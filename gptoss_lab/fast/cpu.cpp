@@ -1,7 +1,10 @@
-// Weights as they are stored, times float32: MXFP4 blocks and bfloat16 rows are widened in registers, sums are float32.
-// Built by cpu.py at first use. Reference: gptoss_lab/mxfp4.py; every function here is tested against it.
+// Two things that PyTorch's operations are slow at. Weights as they are stored, times float32: MXFP4 blocks and bfloat16
+// rows are widened in registers. And few rows in float32, where calling an operation costs more than its arithmetic.
+// Built by cpu.py at first use. Reference: gptoss_lab/mxfp4.py and model.py, against which every function is tested.
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <vector>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
@@ -110,6 +113,38 @@ void mxfp4_unpack(const uint8_t* blocks, const uint8_t* scales, float* out, int6
     }
 }
 
+// The same in bfloat16, which holds every number of MXFP4.
+void mxfp4_unpack_bf16(const uint8_t* blocks, const uint8_t* scales, uint16_t* out, int64_t n, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t g = 0; g < n; g++) {
+        const float half = HALF.of[scales[g]];
+        uint16_t* to = out + g * 32;
+#if defined(__AVX512F__)
+        const __m512i table = _mm512_srli_epi32(_mm512_castps_si512(_mm512_mul_ps(_mm512_load_ps(TWICE), _mm512_set1_ps(half))), 16);
+        const __m512i bytes = _mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i*)(blocks + g * 16)));
+        const __m512i low = _mm512_permutexvar_epi32(bytes, table), high = _mm512_permutexvar_epi32(_mm512_srli_epi32(bytes, 4), table);
+        _mm512_storeu_si512(to, _mm512_or_si512(low, _mm512_slli_epi32(high, 16)));
+#else
+        for (int i = 0; i < 16; i++) {
+            const float two[2] = {TWICE[blocks[g * 16 + i] & 15] * half, TWICE[blocks[g * 16 + i] >> 4] * half};
+            uint32_t bits[2];
+            std::memcpy(bits, two, 8);
+            to[2 * i] = uint16_t(bits[0] >> 16);
+            to[2 * i + 1] = uint16_t(bits[1] >> 16);
+        }
+#endif
+    }
+}
+
+// Does the processor multiply bfloat16? Compiled with -march=native, this is known here.
+int bf16_is_quick() {
+#if defined(__AVX512BF16__) || defined(__AMX_BF16__)
+    return 1;
+#else
+    return 0;
+#endif
+}
+
 // y[m] = W x[m].   w [rows cols] bfloat16, x [n cols], y [n rows]
 void bf16_multiply(const uint16_t* w, const float* x, float* y, int64_t n, int64_t rows, int64_t cols, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
@@ -143,5 +178,275 @@ void bf16_multiply(const uint16_t* w, const float* x, float* y, int64_t n, int64
             y[m * rows + r] = sum;
         }
     }
+}
+}
+
+// ------------------------------------------------------------------------------------------ few rows in float32
+// Sizes as in model.py: b s t d H K h E k f. Vectors are the compiler's own, as wide as the processor's.
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16, TILE = 4;
+#elif defined(__AVX__)
+constexpr int LANES = 8, TILE = 2;
+#else
+constexpr int LANES = 4, TILE = 2;
+#endif
+typedef float Vec __attribute__((vector_size(4 * LANES)));
+typedef int32_t Ints __attribute__((vector_size(4 * LANES)));
+
+static inline Vec load(const float* from) {
+    Vec x;
+    std::memcpy(&x, from, sizeof x);
+    return x;
+}
+
+static inline void store(float* to, Vec x) { std::memcpy(to, &x, sizeof x); }
+
+// The first n < LANES numbers, zeros after them.
+static inline Vec load(const float* from, int64_t n) {
+    Vec x = {};
+    std::memcpy(&x, from, 4 * n);
+    return x;
+}
+
+// Each of four vectors added up.
+static inline void sums(const Vec* x, float* to) {
+    typedef float Four __attribute__((vector_size(16)));
+    Four part[4];
+    for (int r = 0; r < 4; r++) {
+        Four quarter[LANES / 4];
+        std::memcpy(quarter, &x[r], sizeof x[r]);
+        for (int width = LANES / 8; width; width /= 2)
+            for (int i = 0; i < width; i++) quarter[i] += quarter[i + width];
+        part[r] = quarter[0];
+    }
+    for (int r = 0; r < 4; r++) to[r] = (part[r][0] + part[r][1]) + (part[r][2] + part[r][3]);
+}
+
+static inline float sum(Vec x) {
+    float lanes[LANES], total = 0;
+    store(lanes, x);
+    for (float lane : lanes) total += lane;
+    return total;
+}
+
+static inline float dot(const float* x, const float* y, int64_t n) {
+    Vec total = {};
+    int64_t i = 0;
+    for (; i + LANES <= n; i += LANES) total += load(x + i) * load(y + i);
+    if (i < n) total += load(x + i, n - i) * load(y + i, n - i);
+    return sum(total);
+}
+
+// e^x within 2 units of the last place (Cephes, expf.c); 0 below -87, where float32 becomes subnormal.
+static inline Vec exp(Vec x) {
+    const Vec low = Vec{} - 87.f, high = Vec{} + 88.f;
+    const Vec inside = x < low ? low : x > high ? high : x;
+    const Vec n = (inside * 1.44269504f + 12582912.f) - 12582912.f;  // rounded: 1.5 * 2^23 leaves no bit for a fraction
+    const Vec r = inside - n * 0.693359375f + n * 2.12194440e-4f;
+    Vec p = r * 1.9875691500e-4f + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    const Ints power = (__builtin_convertvector(n, Ints) + 127) << 23;
+    Vec scale;
+    std::memcpy(&scale, &power, sizeof scale);
+    return x < low ? Vec{} : p * scale;  // what is not a number stays so
+}
+
+static inline float exp(float x) { return exp(Vec{} + x)[0]; }
+
+// M rows of x times four rows of w, from o on. Meanwhile `step` rows of what comes later are brought nearer, from `ahead` on:
+// the products read four rows at once, which the processor foresees less well than one after the other.
+template <int M>
+static inline void tile(const float* ahead, int step, const float* const* x, const float* w, int64_t stride, const float* bias,
+                        float* const* y, int64_t o, int64_t in, int64_t out) {
+    const float* row[4];
+    for (int r = 0; r < 4; r++) row[r] = w + (o + r < out ? o + r : out - 1) * stride;
+    Vec total[M][4] = {}, part[4];
+    int64_t i = 0;
+    for (; i + LANES <= in; i += LANES) {
+        for (int r = 0; r < 4; r++) part[r] = load(row[r] + i);
+        for (int r = 0; r < step; r++, ahead += LANES) __builtin_prefetch(ahead, 0, 2);
+        for (int m = 0; m < M; m++) {
+            const Vec mine = load(x[m] + i);
+            for (int r = 0; r < 4; r++) total[m][r] += mine * part[r];
+        }
+    }
+    for (int m = 0; m < M; m++) {
+        float of[4];
+        for (int r = 0; r < 4 && i < in; r++) total[m][r] += load(x[m] + i, in - i) * load(row[r] + i, in - i);
+        sums(total[m], of);
+        for (int64_t r = 0; r < 4 && o + r < out; r++) y[m][o + r] = of[r] + (bias ? bias[o + r] : 0.f);
+    }
+}
+
+// Rows i of group g: y[i] = w[g] x[i] + bias[g].   x [n in], w [groups out in], bias [groups out] or null -> y [n out]
+static void product(const std::vector<std::vector<int64_t>>& groups, const float* x, const float* w, const float* bias,
+                    float* y, int64_t in, int64_t out, int64_t threads) {
+    std::vector<int64_t> used;
+    for (size_t g = 0; g < groups.size(); g++)
+        if (!groups[g].empty()) used.push_back(g);
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(2) if (threads > 1)
+    for (size_t u = 0; u < used.size(); u++)
+        for (int64_t o = 0; o < out; o += 4) {
+            const int64_t g = used[u];
+            const std::vector<int64_t>& rows = groups[g];
+            const float *its = w + g * out * in, *add = bias ? bias + g * out : nullptr;
+            const int turns = (rows.size() + TILE - 1) / TILE;
+            for (size_t at = 0; at < rows.size();) {
+                const float* from[4];
+                float* to[4];
+                const int share = at / TILE, step = share < 4 ? (4 + turns - 1) / turns : 0;
+                const float* ahead = its + (o + 8 + share * step) * in;
+                const int m = rows.size() - at < TILE ? rows.size() - at : TILE;
+                for (int i = 0; i < m; i++, at++) from[i] = x + rows[at] * in, to[i] = y + rows[at] * out;
+                if (m == 1) tile<1>(ahead, step, from, its, in, add, to, o, in, out);
+                else if (m == 2) tile<2>(ahead, step, from, its, in, add, to, o, in, out);
+                else if (m == 3) tile<3>(ahead, step, from, its, in, add, to, o, in, out);
+                else tile<4>(ahead, step, from, its, in, add, to, o, in, out);
+            }
+        }
+}
+
+// M query heads that share a key head, over keys 0 to t - 1.   q and z [M h], sinks and mass one a head `s` apart
+template <int M>
+static void attend_heads(const float* q, const float* k, const float* v, const float* sinks, const uint8_t* seen, float* z,
+                         float* mass, int64_t s, int64_t t, int64_t h, int64_t k_t, int64_t v_t, std::vector<float>& room) {
+    const int64_t wide = (t + LANES - 1) / LANES * LANES;
+    room.resize(M * (wide + h));
+    const float* query[M];
+    float* p[M];
+    for (int m = 0; m < M; m++) {
+        p[m] = &room[m * wide], query[m] = &room[M * wide + m * h];
+        for (int64_t i = 0; i < h; i++) room[M * wide + m * h + i] = q[m * h + i] / std::sqrt(float(h));
+    }
+    for (int64_t c = 0; c < t; c += 4) tile<M>(nullptr, 0, query, k, k_t, nullptr, p, c, h, t);
+    for (int m = 0; m < M; m++) {
+        for (int64_t c = 0; c < wide; c++) p[m][c] = c < t && seen[c] ? p[m][c] : -INFINITY;
+        const float sink = sinks[m * s];
+        float largest = sink;
+        for (int64_t c = 0; c < t; c++) largest = p[m][c] > largest ? p[m][c] : largest;
+        Vec part = {};
+        for (int64_t c = 0; c < wide; c += LANES) {
+            const Vec e = exp(load(p[m] + c) - largest);
+            store(p[m] + c, e);
+            part += e;
+        }
+        const float total = sum(part) + exp(sink - largest);
+        for (int64_t c = 0; c < t; c++) p[m][c] /= total;
+        mass[m * s] = exp(sink - largest) / total;
+    }
+    for (int64_t i = 0; i < h; i += LANES) {
+        const int64_t n = h - i < LANES ? h - i : LANES;
+        Vec total[M] = {};
+        for (int64_t c = 0; c < t; c++) {
+            const Vec mine = n == LANES ? load(v + c * v_t + i) : load(v + c * v_t + i, n);
+            for (int m = 0; m < M; m++) total[m] += p[m][c] * mine;
+        }
+        for (int m = 0; m < M; m++) std::memcpy(z + m * h + i, &total[m], 4 * n);
+    }
+}
+
+extern "C" {
+
+// y = x w' + bias.   x [n in], w [out in], bias [out] or null -> y [n out]
+void linear(const float* x, const float* w, const float* bias, float* y, int64_t n, int64_t in, int64_t out, int64_t threads) {
+    std::vector<std::vector<int64_t>> rows(1);
+    for (int64_t i = 0; i < n; i++) rows[0].push_back(i);
+    product(rows, x, w, bias, y, in, out, threads);
+}
+
+// sqrt(mean(x^2) + eps).   x [n d] -> y [n]
+void rms(const float* x, float* y, int64_t n, int64_t d, float eps, int64_t) {
+    for (int64_t i = 0; i < n; i++) y[i] = std::sqrt(dot(x + i * d, x + i * d, d) / d + eps);
+}
+
+// Pairs (x[i], x[i + h/2]) turned.   x [b s H h] with strides for b and s, cos and sin [s h/2] with one for b -> y [b s H h]
+void rotate(const float* x, const float* cos, const float* sin, float* y, int64_t b, int64_t s, int64_t H, int64_t h,
+            int64_t x_b, int64_t x_s, int64_t table_b, int64_t threads) {
+    const int64_t half = h / 2;
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(2) if (threads > 1)
+    for (int64_t row = 0; row < b; row++)
+        for (int64_t at = 0; at < s; at++) {
+            const float *c = cos + row * table_b + at * half, *n = sin + row * table_b + at * half;
+            for (int64_t head = 0; head < H; head++) {
+                const float* from = x + row * x_b + at * x_s + head * h;
+                float* to = y + ((row * s + at) * H + head) * h;
+                for (int64_t i = 0; i < half; i++) {
+                    to[i] = from[i] * c[i] - from[i + half] * n[i];
+                    to[i + half] = from[i + half] * c[i] + from[i] * n[i];
+                }
+            }
+        }
+}
+
+// Attention with a sink.   q [b s H h], k and v [b t K h] with strides for b and t, sinks [b H s], visible [b or 1 s t]
+// with a stride for b -> z [b s H h], mass [b H s]
+void attend(const float* q, const float* k, const float* v, const float* sinks, const uint8_t* visible, float* z, float* mass,
+            int64_t b, int64_t s, int64_t t, int64_t H, int64_t K, int64_t h, int64_t k_b, int64_t k_t, int64_t v_b, int64_t v_t,
+            int64_t visible_b, int64_t threads) {
+    const int64_t group = H / K;
+#pragma omp parallel for num_threads(threads) schedule(static) collapse(3) if (threads > 1)
+    for (int64_t row = 0; row < b; row++)
+        for (int64_t kv = 0; kv < K; kv++)
+            for (int64_t at = 0; at < s; at++) {
+                const uint8_t* seen = visible + row * visible_b + at * t;
+                int64_t first = 0, end = t;
+                while (end > 1 && !seen[end - 1]) end--;
+                while (first < end - 1 && !seen[first]) first++;
+                std::vector<float> room;
+                for (int64_t g = 0; g < group;) {
+                    const int64_t head = kv * group + g, mine = ((row * s + at) * H + head) * h, its = (row * H + head) * s + at;
+                    const auto some = group - g >= 4 ? attend_heads<4> : group - g >= 2 ? attend_heads<2> : attend_heads<1>;
+                    some(q + mine, k + row * k_b + first * k_t + kv * h, v + row * v_b + first * v_t + kv * h, sinks + its,
+                         seen + first, z + mine, mass + its, s, end - first, h, k_t, v_t, room);
+                    g += group - g >= 4 ? 4 : group - g >= 2 ? 2 : 1;
+                }
+            }
+}
+
+// The k largest of E numbers, falling, of equal ones the first; what is not a number counts as the largest.   x [n E] -> place [n k]
+void top(const float* x, int64_t* place, int64_t n, int64_t E, int64_t k, int64_t) {
+    for (int64_t row = 0; row < n; row++, x += E, place += k)
+        for (int64_t filled = 0, e = 0; e < E; e++) {
+            int64_t at = filled;  // it goes before those that are smaller
+            while (at > 0 && (x[e] > x[place[at - 1]] || (x[e] != x[e] && x[place[at - 1]] == x[place[at - 1]]))) at--;
+            if (filled < k) filled++;
+            for (int64_t i = filled - 1; i > at; i--) place[i] = place[i - 1];
+            if (at < filled) place[at] = e;
+        }
+}
+
+// gate * sigmoid(alpha gate) * (linear + 1), clamped.   x [n 2f]: gate 0, linear 0, gate 1, ... -> y [n f]
+void swiglu(const float* x, float* y, int64_t n, int64_t f, float limit, float alpha, int64_t threads) {
+#pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
+    for (int64_t row = 0; row < n; row++)
+        for (int64_t at = 0; at < f; at += LANES) {
+            const int64_t m = f - at < LANES ? f - at : LANES;
+            const float* pairs = x + (row * f + at) * 2;
+            float gates[LANES] = {}, linears[LANES] = {};
+            if (m == LANES) for (int i = 0; i < LANES; i++) gates[i] = pairs[2 * i], linears[i] = pairs[2 * i + 1];
+            else for (int i = 0; i < m; i++) gates[i] = pairs[2 * i], linears[i] = pairs[2 * i + 1];
+            Vec gate = load(gates), linear = load(linears);
+            gate = gate > limit ? Vec{} + limit : gate;
+            linear = linear > limit ? Vec{} + limit : linear < -limit ? Vec{} - limit : linear;
+            const Vec out = gate / (1 + exp(-alpha * gate)) * (linear + 1);
+            std::memcpy(y + row * f + at, &out, 4 * m);
+        }
+}
+
+// Row i through experts[i].   x [n in], experts [n], w [E out in], bias [E out] -> y [n out]; 0: there is no such expert
+int64_t expert_rows(const float* x, const int64_t* experts, const float* w, const float* bias, float* y, int64_t n, int64_t E,
+                    int64_t in, int64_t out, int64_t threads) {
+    std::vector<std::vector<int64_t>> rows(E);
+    for (int64_t i = 0; i < n; i++) {
+        if (experts[i] < 0 || experts[i] >= E) return 0;
+        rows[experts[i]].push_back(i);
+    }
+    product(rows, x, w, bias, y, in, out, threads);
+    return 1;
 }
 }

@@ -1,4 +1,5 @@
-"""Products with packed and bfloat16 weights on the CPU, from cpu.cpp: compiled at first use, once a machine.
+"""Products with packed and bfloat16 weights, and few rows in float32, on the CPU, from cpu.cpp: compiled at first use,
+once a machine.
 
 Where no C++ compiler is found, or GPTOSS_LAB_FAST=0, there is nothing here and the readable way is taken.
 """
@@ -103,11 +104,17 @@ def multiply(blocks: Tensor, scales: Tensor, experts: Tensor, rows: Tensor, x: T
     return y
 
 
-def unpack(blocks: Tensor, scales: Tensor) -> Tensor:
-    """mxfp4.unpack to float32.   blocks [... g 16], scales [... g] -> [... g*32]"""
-    out = torch.empty(*scales.shape, 32)
-    compiled().mxfp4_unpack(_at(blocks), _at(scales), _at(out), ctypes.c_int64(scales.numel()), torch.get_num_threads())
+def unpack(blocks: Tensor, scales: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """mxfp4.unpack to float32 or bfloat16.   blocks [... g 16], scales [... g] -> [... g*32]"""
+    out = torch.empty(*scales.shape, 32, dtype=dtype)
+    run = {torch.float32: compiled().mxfp4_unpack, torch.bfloat16: compiled().mxfp4_unpack_bf16}[dtype]
+    run(_at(blocks), _at(scales), _at(out), ctypes.c_int64(scales.numel()), torch.get_num_threads())
     return out.flatten(-2)
+
+
+def bf16_is_quick() -> bool:
+    """Does the processor multiply bfloat16? Many rows are then quicker in it than in float32."""
+    return bool(compiled().bf16_is_quick())
 
 
 def bf16_product(x: Tensor, weight: Tensor) -> Tensor:
@@ -116,4 +123,71 @@ def bf16_product(x: Tensor, weight: Tensor) -> Tensor:
     y = torch.empty(len(x), len(weight))
     compiled().bf16_multiply(_at(weight), _at(x), _at(y), ctypes.c_int64(len(x)), ctypes.c_int64(len(weight)),
                             ctypes.c_int64(weight.shape[1]), torch.get_num_threads())  # fmt: skip
+    return y
+
+
+# ------------------------------------------------------------------------------------------ few rows in float32
+
+
+def _call(name: str, *given: Tensor | int | float | None) -> int:
+    """A function of cpu.cpp, on as many threads as PyTorch uses."""
+    function = getattr(compiled(), name)
+    if function.argtypes is None:
+        kinds = {int: ctypes.c_int64, float: ctypes.c_float}
+        function.argtypes = [*(kinds.get(type(x), ctypes.c_void_p) for x in given), ctypes.c_int64]
+    return function(*[x.data_ptr() if isinstance(x, Tensor) else x for x in given], torch.get_num_threads())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear.   x [.. in], weight [out in] -> [.. out]"""
+    d_out, d_in = weight.shape
+    y = x.new_empty(*x.shape[:-1], d_out)
+    _call("linear", x, weight, bias, y, x.numel() // d_in, d_in, d_out)
+    return y
+
+
+def expert_rows(x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Row n through experts[n].   x [n in], experts [n], weight [E out in], bias [E out] -> [n out]"""
+    (n, d_in), (n_experts, d_out) = x.shape, bias.shape
+    y = x.new_empty(n, d_out)
+    if not _call("expert_rows", x, experts, weight, bias, y, n, n_experts, d_in, d_out):
+        raise IndexError(f"experts {experts.min()} to {experts.max()} are asked for, there are 0 to {n_experts - 1}")
+    return y
+
+
+def rms(x: Tensor, eps: float) -> Tensor:
+    """sqrt(mean(x^2) + eps).   [.. d] -> [.. 1]"""
+    y = x.new_empty(*x.shape[:-1], 1)
+    _call("rms", x, y, y.numel(), x.shape[-1], eps)
+    return y
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """rope.rotate.   x [b s H h], whose heads lie side by side; cos and sin [(b) s h/2] -> [b s H h]"""
+    y = x.new_empty(x.shape)
+    _call("rotate", x, cos, sin, y, *x.shape, x.stride(0), x.stride(1), cos.stride(0) if cos.dim() == 3 else 0)
+    return y
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
+    """q [b s H h], k and v [b t K h], sinks [b H s], visible [b or 1, 1, s, t] -> z [b s H h], sink_mass [b H s]"""
+    (b, s, n_heads, h), (t, n_kv_heads) = q.shape, k.shape[1:3]
+    z, sink_mass = q.new_empty(q.shape), q.new_empty(b, n_heads, s)
+    _call("attend", q, k, v, sinks, visible, z, sink_mass, b, s, t, n_heads, n_kv_heads, h, k.stride(0), k.stride(1),
+          v.stride(0), v.stride(1), s * t if len(visible) > 1 else 0)  # fmt: skip
+    return z, sink_mass
+
+
+def top(x: Tensor, k: int) -> Tensor:
+    """Where the k largest numbers of each row are, falling; of equal ones the first.   [.. E] -> [.. k]"""
+    places = torch.empty(*x.shape[:-1], k, dtype=torch.int64)
+    _call("top", x, places, x.numel() // x.shape[-1], x.shape[-1], k)
+    return places
+
+
+def swiglu(x: Tensor, limit: float, alpha: float) -> Tensor:
+    """fast.swiglu.   [n 2f] -> [n f]"""
+    n, width = x.shape
+    y = x.new_empty(n, width // 2)
+    _call("swiglu", x, y, n, width // 2, float(limit), float(alpha))
     return y

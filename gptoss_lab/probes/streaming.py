@@ -13,10 +13,12 @@ A flash kernel gives, besides its output, the log-sum-exp of a query's visible s
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor, nn
 
+from ..fast import gpu
 from ..hooks import Activations, HookPoint, Read, listening, unwrapped
 from .result import Result, frame
 
@@ -181,15 +183,31 @@ class _Block:
     def __init__(self, stream: Stream, layer: int, q: Tensor, k: Tensor, sinks: Tensor, first: int, gone: int):
         self.stream, self.layer, self.sinks, self.first = stream, layer, sinks, first
         self.groups, self.n, self.scale = stream.config.n_groups, q.shape[1], stream.config.d_head**-0.5
-        window = stream.config.window(layer) or first + self.n
-        self.begin, end = max(0, first - window + 1), first + self.n
-        self.position = torch.arange(first, end, device=q.device)
-        self.distance = self.position[:, None] - torch.arange(self.begin, end, device=q.device)  # [n m]
-        self.visible = (self.distance >= 0) & (self.distance < window)
+        self.window = stream.config.window(layer)
+        self.begin, end = max(0, first - self.window + 1) if self.window else 0, first + self.n
+        self.position, self.columns = (torch.arange(begin, end, device=q.device) for begin in (first, self.begin))
+        self.given = q, k[:, self.begin - gone : end - gone]  # [b n H h], [b m K h]
+        self.on_gpu = gpu.serves(q, k)
         self.q = q.transpose(1, 2)  # [b H n h]
         # Heads that share a key head become further rows of it, so that no key is repeated.
         self.rows = q.unflatten(2, (-1, self.groups)).permute(0, 2, 3, 1, 4).flatten(2, 3)  # [b K (g n) h]
         self.keys = k[:, self.begin - gone : end - gone].transpose(1, 2)  # [b K m h]
+
+    @cached_property
+    def distance(self) -> Tensor:
+        """[n m]"""
+        return self.position[:, None] - self.columns
+
+    @cached_property
+    def visible(self) -> Tensor:
+        """[n m], bool"""
+        return (self.distance >= 0) & (self.distance < (self.window or self.first + self.n))
+
+    def streamed(self, values: Tensor | None, window: int | None, means: bool = False):
+        """By the GPU's kernel, which compares positions as it goes."""
+        from ..fast.gpu.attention import flash
+
+        return flash(*self.given, values, self.position, self.columns, window, means=means)
 
     def attend(self, values: Tensor, visible: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
         """-> [b H n c], lse [b H n]"""
@@ -201,28 +219,18 @@ class _Block:
         return x.unflatten(2, (self.groups, self.n)).flatten(1, 2)
 
     def quantities(self) -> dict[str, Tensor]:
-        wanted, one, values = self.stream.quantities, torch.ones_like(self.keys[..., :1]), {}
-        if "entropy" in wanted:
-            values["entropy"] = self.keys
-        if "mean_distance" in wanted:
-            values["mean_distance"] = one * self.distance[-1].to(one.dtype)[:, None]  # from the last query
-        if self.stream.labels is not None:
-            labels = self.stream.labels[self.begin : self.first + self.n].to(one.device)
-            values["on"] = one * nn.functional.one_hot(labels, int(self.stream.labels.max()) + 1).to(one.dtype)
-        every = list(values.values()) or [one]  # the kernel gives lse only beside an output
-        out, lse = self.attend(torch.cat(every, dim=-1), self.visible, self.keys)
-        out = dict(zip(values, out.split([v.shape[-1] for v in every], dim=-1)))
+        wanted = self.stream.quantities
+        lse, score, distance, on = (self.on_a_gpu if self.on_gpu else self.on_a_cpu)()
         total = torch.logaddexp(lse, self.sinks)  # of keys and sink together
         on_keys, on_sink = (lse - total).exp(), (self.sinks - total).exp()
 
         made = {"sink_mass": on_sink} if "sink_mass" in wanted else {}
         if "entropy" in wanted:
-            score = (self.q * out["entropy"]).sum(-1) * self.scale
             made["entropy"] = total - on_keys * score - torch.where(on_sink > 0, on_sink * self.sinks, 0.0)
         if "mean_distance" in wanted:
-            made["mean_distance"] = out["mean_distance"][..., 0] - (self.position[-1] - self.position)
-        if "on" in out:
-            made["on"] = (on_keys.unsqueeze(-1) * out["on"]).permute(3, 0, 1, 2)
+            made["mean_distance"] = distance
+        if on is not None:
+            made["on"] = (on_keys.unsqueeze(-1) * on).permute(3, 0, 1, 2)
         if self.stream.windows:
             made["within"] = torch.stack([self.within(width, total) for width in self.stream.windows])
         if self.stream.top:
@@ -231,7 +239,40 @@ class _Block:
             self.receive(total)
         return made
 
+    def labels(self, dtype: torch.dtype) -> Tensor | None:
+        """One-hot, of the keys here.   -> [m C]"""
+        if (labels := self.stream.labels) is None:
+            return None
+        mine = labels[self.begin : self.first + self.n].to(self.position.device)
+        return nn.functional.one_hot(mine, int(labels.max()) + 1).to(dtype)
+
+    def on_a_cpu(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """lse, mean score and mean distance by the weights on keys [b H n], mass on each label [b H n C], as asked."""
+        wanted, one, values = self.stream.quantities, torch.ones_like(self.keys[..., :1]), {}
+        if "entropy" in wanted:
+            values["entropy"] = self.keys
+        if "mean_distance" in wanted:
+            values["mean_distance"] = one * self.distance[-1].to(one.dtype)[:, None]  # from the last query
+        if (labels := self.labels(one.dtype)) is not None:
+            values["on"] = one * labels
+        every = list(values.values()) or [one]  # the kernel gives lse only beside an output
+        out, lse = self.attend(torch.cat(every, dim=-1), self.visible, self.keys)
+        out = dict(zip(values, out.split([v.shape[-1] for v in every], dim=-1)))
+        score = (self.q * out["entropy"]).sum(-1) * self.scale if "entropy" in out else None
+        far = out["mean_distance"][..., 0] - (self.position[-1] - self.position) if "mean_distance" in out else None
+        return lse, score, far, out.get("on")
+
+    def on_a_gpu(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+        """As `on_a_cpu`, in float32; score and distance come from the scores themselves, in the same pass."""
+        labels, k = self.labels(self.keys.dtype), self.given[1]
+        if labels is not None:
+            labels = labels[:, None].expand(k.shape[0], -1, k.shape[2], -1)
+        made = self.streamed(labels, self.window, means=bool(self.stream.quantities & {"entropy", "mean_distance"}))
+        return made.lse, made.mean_score, made.mean_distance, None if labels is None else made.out.transpose(1, 2)
+
     def within(self, width: int, total: Tensor) -> Tensor:
+        if self.on_gpu:
+            return (self.streamed(None, min(width, self.window or width)).lse - total).exp()
         near = slice(max(0, self.first - width + 1 - self.begin), None)  # what is before is too far for all of them
         visible, keys = (self.visible & (self.distance < width))[:, near], self.keys[:, :, near]
         return (self.attend(keys, visible, keys)[1] - total).exp()
@@ -244,15 +285,26 @@ class _Block:
         return {"top_keys": nn.functional.pad(key.masked_fill(score == -torch.inf, -1), missing, value=-1),
                 "top_mass": nn.functional.pad((score - total.unsqueeze(-1)).exp(), missing)}  # fmt: skip
 
-    def receive(self, total: Tensor) -> None:
-        """Add what each key gets from these queries: keys ask, and a query's total lowers its score."""
+    def received_on_a_gpu(self, total: Tensor) -> Tensor:
+        """As `received_on_a_cpu`; the totals stay in float32.   total [b H n] -> [b H m]"""
+        from ..fast.gpu.attention import flash
+
+        q, k = self.given
+        return flash(k, q, None, self.columns, self.position, self.window, bias=-total, later=True).lse.exp()
+
+    def received_on_a_cpu(self, total: Tensor) -> Tensor:
+        """What each key gets from these queries: keys ask, and a query's total lowers its score."""
         asking, got = torch.cat([self.keys, torch.ones_like(self.keys[..., :1])], dim=-1), []
         totals = total.unflatten(1, (-1, self.groups))  # [b K g n]
         for group, q in enumerate(self.rows.split(self.n, dim=2)):
             lowered = (-totals[:, :, group] / self.scale).unsqueeze(-1).to(q.dtype)
             answering = torch.cat([q, lowered], dim=-1)
             got.append(flash(asking, answering, answering, self.visible.mT, self.scale)[1].exp())
-        got = torch.stack(got, dim=2).flatten(1, 2)  # [b H m]
+        return torch.stack(got, dim=2).flatten(1, 2)
+
+    def receive(self, total: Tensor) -> None:
+        """Add what each key gets from these queries."""
+        got = self.received_on_a_gpu(total) if self.on_gpu else self.received_on_a_cpu(total)  # [b H m]
         before = self.stream._received.get(self.layer, got[..., :0])
         after = nn.functional.pad(before, (0, self.begin + got.shape[-1] - before.shape[-1]))
         after[..., self.begin :] += got

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from ..config import Config
-from ..hooks import POINTS, Activations, HookPoint, HookPoints, Names, unwrapped
+from ..hooks import POINTS, Activations, HookPoint, HookPoints, Names, unwrapped, widths
 from .figures import words as named
 from .view import View, chip, noted, packed, texts
 
@@ -66,7 +67,7 @@ class ModelView(View):
     Args:
         n_layers: of the model.
         sizes: what is known of the letters in the registry's shapes.
-        width: bytes of a number of the model's type.
+        dtype: the model's.
         layers: those that can be chosen.
         values: name of a hook point -> [S m c], what is recorded of it: S positions, m heads or slots, c columns.
         words: names of the S positions.
@@ -83,12 +84,12 @@ class ModelView(View):
     kind = "model"
 
     def __init__(
-        self, n_layers: int, sizes: dict[str, int], width: int, *, layers: Sequence[int],
+        self, n_layers: int, sizes: dict[str, int], dtype: torch.dtype, *, layers: Sequence[int],
         values: dict[str, np.ndarray] | None = None, words: Sequence[str] = (), positions: Sequence[int] = (),
         keys: Sequence[str] = (), ids: Sequence[int] = (), names: Sequence[str] = (), start: str | tuple = "",
         title: str = "", note: str = "",
     ):  # fmt: skip
-        self.title, self.n_layers, self.sizes, self.width = noted(title, note), n_layers, sizes, width
+        self.title, self.n_layers, self.sizes, self.widths = noted(title, note), n_layers, sizes, widths(dtype)
         self.layers, self.positions, self.ids = list(layers), list(positions), list(ids)
         self.words, self.keys, self.names = (texts(x, "words") for x in (words, keys, names))
         self.values = values or {}
@@ -115,8 +116,8 @@ class ModelView(View):
             raise TypeError(f"model must be a GptOss or a Config, got {type(model).__name__}")
         sizes = {"1": 1, "d": c.d_model, "H": c.n_heads, "K": c.n_kv_heads, "h": c.d_head, "E": c.n_experts,
                  "f": c.d_ff, "k": c.experts_per_token, "V": c.d_vocab, "p": c.d_head // 2}  # fmt: skip
-        width = 2 if model is c else unwrapped(model).dtype.itemsize  # the published models are bfloat16
-        return cls(c.n_layers, sizes, width, layers=range(c.n_layers), title=title, note=note)
+        dtype = torch.bfloat16 if model is c else unwrapped(model).dtype  # the published models'
+        return cls(c.n_layers, sizes, dtype, layers=range(c.n_layers), title=title, note=note)
 
     @classmethod
     def recorded(
@@ -145,10 +146,10 @@ class ModelView(View):
         if not isinstance(acts, Activations) or not len(acts):
             what = f"got {type(acts).__name__}" if not isinstance(acts, Activations) else "which holds nothing yet"
             raise ValueError(f'acts must be what record or run_with_cache(tokens, "*") gives, {what}')
-        of, sizes, width = acts.points, {"1": 1}, 4
+        of, sizes, dtype = acts.points, {"1": 1}, torch.float32
         for name, x in acts.items():
             sizes |= zip(reversed(of[name].shape.split()), reversed(x.shape))
-            width = x.element_size() if of[name].dtype == "model" else width
+            dtype = x.dtype if of[name].dtype in ("model", "stream") and dtype != torch.float16 else dtype
         seen = sorted({of[name].layer() for name in acts} - {None})
         layers = _some("layer", layers, range(of.n_layers), seen)
         if seen and (wrong := set(layers) - set(seen)):
@@ -166,7 +167,7 @@ class ModelView(View):
                     ids = ids[x[-1, 0, ids].argsort(descending=True, stable=True)]
                     x, ids = x[..., ids], ids.tolist()
                 values[point.name] = x.numpy()
-        return cls(of.n_layers, sizes, width, layers=layers, values=values, words=[words[i] for i in positions],
+        return cls(of.n_layers, sizes, dtype, layers=layers, values=values, words=[words[i] for i in positions],
                    positions=positions, keys=words if sizes.get("t") == len(words) else [], ids=ids,
                    names=named(ids, tokenizer), start=start, title=title, note=note)  # fmt: skip
 
@@ -204,8 +205,7 @@ class ModelView(View):
         letters = [x for x in p.shape.split() if x not in "bst"]
         if any(x not in self.sizes for x in letters):
             return ""
-        width = {"model": self.width, "float32": max(4, self.width), "int64": 8}[p.dtype]
-        size = width * math.prod(self.sizes[x] for x in letters)
+        size = self.widths[p.dtype] * math.prod(self.sizes[x] for x in letters)
         return f"{size:,} bytes a position" + " and key" * ("t" in p.shape.split())
 
     def _still(self) -> str:
