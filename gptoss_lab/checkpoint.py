@@ -12,6 +12,7 @@ from . import hub, shards, tiny, tokenizer
 from .config import TINY, Config, read_config
 from .fast.gpu import tensor_cores
 from .layouts import Piece, dtypes, pieces, recognise, table
+from .memory import address_space
 from .model import GptOss
 from .plan import plan
 from .shards import CheckpointError, Stored
@@ -140,7 +141,7 @@ def load(
             differs from the folder's SHA256SUMS.
         ImportError, ConnectionError, OSError: see `hub.download`.
         MemoryError: the model does not fit the device with `max_context` positions (None: with one), by `plan`, whose
-            table it shows. Nothing has been read then.
+            table it shows; or the process may not map its files (`ulimit -v`). Nothing has been read then.
         ValueError: max_context is beyond the model's context, or dtype is no floating one.
     """
     device = torch.get_default_device() if device is None else torch.device(device)
@@ -161,6 +162,11 @@ def load(
         room, on_host = room.at(1), device.type == "cuda"
     if not room.fits:
         raise MemoryError(room.refusal())
+    files = {one.stored[0].path for one in steps if one.as_is}
+    n_mapped, left = sum(path.stat().st_size for path in files), address_space()
+    if left is not None and n_mapped > left:
+        raise MemoryError(f"{checkpoint.folder}: {n_mapped:,} bytes of files are to be mapped, and this process may map "
+                          f"{left:,} more: raise its limit of address space (ulimit -v)\n\n{room}")  # fmt: skip
     if faults := shards.checksum_faults(checkpoint.folder, checkpoint.files, largest=SMALL):
         raise CheckpointError(f"{checkpoint.folder} is not as it was saved:\n  " + "\n  ".join(faults))
     vocabulary = _vocabulary(checkpoint)

@@ -1,4 +1,6 @@
-"""How much memory is free."""
+"""How much memory is free, and how much may be mapped."""
+import os
+
 import torch
 
 
@@ -12,3 +14,16 @@ def free_bytes(device: torch.device) -> int | None:
             return next(int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         return None
+
+
+def address_space() -> int | None:
+    """Bytes that this process may still map (`ulimit -v`); None where nothing limits it, or the system does not say."""
+    try:
+        import resource
+
+        limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+        with open("/proc/self/statm") as statm:
+            used = int(statm.read().split()[0]) * os.sysconf("SC_PAGESIZE")
+    except (ImportError, OSError):
+        return None
+    return None if limit == resource.RLIM_INFINITY else max(0, limit - used)

@@ -646,6 +646,45 @@ def test_what_is_mapped_needs_no_room(folder, model, monkeypatch):
         load(folder)
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="/proc is Linux's")
+def test_a_process_that_may_not_map_the_files_is_told(folder):
+    program = f"""
+import resource
+from gptoss_lab import checkpoint, memory
+used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+assert memory.address_space() is None
+resource.setrlimit(resource.RLIMIT_AS, (used + 50_000_000, resource.RLIM_INFINITY))
+assert 40_000_000 < memory.address_space() <= 50_000_000
+checkpoint.address_space = lambda: 1000
+try:
+    checkpoint.load({str(folder)!r})
+except MemoryError as error:
+    print(error)
+"""
+    said = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+    assert "this process may map 1,000 more" in said and "ulimit -v" in said and "weights: experts" in said
+
+
+def test_a_folder_that_goes_or_changes_while_it_is_mapped_is_told_at_the_next_load(folder, model):
+    tokens = torch.arange(9)[None]
+    before, mapped = load(folder), load(folder)
+    with torch.no_grad():
+        expected = before(tokens)
+    moved = folder.with_name("moved")
+    folder.rename(moved)
+    with torch.no_grad():
+        assert torch.equal(mapped(tokens), expected)  # what is mapped stays
+    with pytest.raises(FileNotFoundError, match=str(folder)):
+        load(folder)
+    copy = folder.with_name("copy")
+    shutil.copytree(moved, copy)
+    size = (copy / "model.safetensors").stat().st_size
+    with open(copy / "model.safetensors", "r+b") as file:
+        file.truncate(size - 100)
+    with pytest.raises(CheckpointError, match="model.safetensors"):
+        load(copy)
+
+
 def test_a_large_tensor_is_copied_in_parts(folder, monkeypatch):
     whole = load(folder, dtype=torch.float64).state_dict()
     monkeypatch.setattr(shards, "PART", 300)
