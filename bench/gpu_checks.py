@@ -6,6 +6,7 @@ may be is `ALLOWED`, or twice the error of the readable path itself, on the same
 """
 import math
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 
 import torch
@@ -35,7 +36,7 @@ def off(x: Tensor, exact: Tensor, share: float, keep: Tensor | None = None) -> f
 
 def values(model: GptOss, run: Callable, names=RECORDED) -> dict[str, Tensor]:
     """What `run` returns (logits, or nothing) and what is recorded meanwhile, [b s ..]."""
-    with record(model, *names) as acts:
+    with record(model, *names) if names else nullcontext() as acts:  # no names would mean the default group
         logits = run()
     found = {} if logits is None else {"logits": logits}
     if names:

@@ -165,8 +165,8 @@ def load(
     files = {one.stored[0].path for one in steps if one.as_is}
     n_mapped, left = sum(path.stat().st_size for path in files), address_space()
     if left is not None and n_mapped > left:
-        raise MemoryError(f"{checkpoint.folder}: {n_mapped:,} bytes of files are to be mapped, and this process may map "
-                          f"{left:,} more: raise its limit of address space (ulimit -v)\n\n{room}")  # fmt: skip
+        raise MemoryError(f"{checkpoint.folder}: {n_mapped:,} bytes of files are to be mapped, and this process may "
+                          f"map {left:,} more: raise its limit of address space (ulimit -v)\n\n{room}")  # fmt: skip
     if faults := shards.checksum_faults(checkpoint.folder, checkpoint.files, largest=SMALL):
         raise CheckpointError(f"{checkpoint.folder} is not as it was saved:\n  " + "\n  ".join(faults))
     vocabulary = _vocabulary(checkpoint)

@@ -343,8 +343,10 @@ def listening(model: nn.Module, listeners: Iterable[Edit | Read]):
                 heard[name] = tuple(sorted((*heard.get(name, ()), listener), key=lambda one: one.last))
             module.listeners = heard
             opened.append((module, [listener for _, listener in added]))
+        inner.changes += 1
         yield
     finally:
+        inner.changes += 1
         for module, added in opened:
             left = {name: tuple(one for one in heard if one not in added) for name, heard in module.listeners.items()}
             module.listeners = {name: heard for name, heard in left.items() if heard}
@@ -535,6 +537,7 @@ class HookedModel(Hooked):
     """What a whole model offers over its hook points; TransformerLens's names and signatures."""
 
     recordings: tuple[Activations, ...] = ()
+    changes = 0  # how often listeners came or went
     hook_points: HookPoints
 
     @property

@@ -6,7 +6,7 @@ from kernels import interpreted, within_reach
 from models import random_model, random_tokens, tiny_config
 
 from gptoss_lab import edit, generate, record
-from gptoss_lab.generate import Stopped, stream
+from gptoss_lab.generate import ENOUGH, Stopped, stream
 from gptoss_lab.kv_cache import KVCache
 
 CLOSE = dict(atol=2e-4, rtol=2e-4)
@@ -107,7 +107,7 @@ def test_a_record_that_is_closed_midway_is_told_no_more(model, graphs):
     assert acts["resid_post", 0].shape[1] == 5 + 3 and len(graphs) == 2
 
 
-@pytest.mark.parametrize("name", ["pattern", "pre", "result"])
+@pytest.mark.parametrize("name", ["pattern", "pre", "result", "q", "rot_k", "sink_scores"])
 def test_what_only_the_readable_way_makes_is_read_there(model, graphs, name):
     prompt = random_tokens(model.config, 1, 5)
     with record(model, f"*.hook_{name}") as acts:
@@ -147,6 +147,23 @@ def test_a_gpu_that_fails_in_mid_graph_leaves_tokens_and_cache(model, graphs):
     assert caught.value.tokens == [made] and cache.length == 5 + 3
     rest = generate(model, [[made[-1]]], 2, stop=(), cache=cache)[0]
     assert [made + rest] == readable(model, prompt, 6)[0]
+
+
+def test_a_step_that_read_nothing_leaves_the_cache_as_it_was(model, graphs):
+    prompt, cache = random_tokens(model.config, 1, 9), KVCache(model.config)
+    with torch.no_grad():
+        model(prompt, cache=cache)
+        before = {layer: tuple(x.clone() for x in kept) for layer, kept in cache.layers.items()}
+        interpreted("step").following(None, model, cache, 20).close()
+    for layer, kept in before.items():
+        assert all(torch.equal(x[:, :9], old[:, :9]) for x, old in zip(cache.layers[layer], kept)), layer
+
+
+def test_more_rows_than_experts_take_without_a_look_are_read_the_usual_way(model, graphs, monkeypatch):
+    monkeypatch.setattr(interpreted("experts"), "FEW_ALONE", 1)
+    prompts = random_tokens(model.config, 2, 3)
+    assert generate(model, prompts, ENOUGH + 1, stop=()) == readable(model, prompts, ENOUGH + 1)[0]
+    assert not graphs
 
 
 def test_the_tape_sees_a_look_at_a_value():

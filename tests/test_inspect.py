@@ -47,7 +47,7 @@ def test_the_table_is_that_of_the_manifests(size):
 def test_a_folder_is_counted_without_reading_weights(layout, tmp_path, monkeypatch):
     model = tiny_random(TINY.with_(n_layers=2, layer_types=(SLIDING, FULL), d_ff=32, yarn=None)).to(torch.bfloat16)
     folder = save(model, tmp_path / "x", layout)
-    monkeypatch.setattr(shards.Stored, "read", None)
+    monkeypatch.setattr(shards.Stored, "parts", None)
     monkeypatch.setattr(shards, "map_file", None)
     report = inspect(folder)
     assert report.total == sum(p.numel() for p in model.parameters())

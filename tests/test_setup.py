@@ -39,7 +39,7 @@ COLAB = {
 # Imported without being declared: what others bring, and what `make bench` compares with where it is there.
 BROUGHT = {"IPython": "ipykernel", "PIL": "matplotlib", "requests": "tiktoken", "tiktoken_ext": "tiktoken"}
 OPTIONAL = {"pandas"}  # used where it is installed: `frame()` of a probe's result
-RIVALS = {"transformer_lens", "nnsight"}
+RIVALS = {"transformer_lens", "nnsight", "triton_kernels", "vllm"}
 
 needs_make = pytest.mark.skipif(not shutil.which("make"), reason="make is not here")
 

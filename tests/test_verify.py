@@ -129,7 +129,7 @@ def test_without_the_vocabulary_the_golden_prompts_are_left_out_and_said_so(publ
 
 
 def test_where_the_model_does_not_fit_the_golden_prompts_are_left_out_and_said_so(published, monkeypatch):
-    monkeypatch.setattr("gptoss_lab.checkpoint.free_bytes", lambda device: 1000)
+    monkeypatch.setattr("gptoss_lab.plan.free_bytes", lambda device: 1000)
     found = verify.verify(published)
     assert found.ok and "-   the golden prompts were not run:" in str(found) and "1,000 bytes" in str(found)
 

@@ -46,7 +46,7 @@ class LogitLens(Result):
             raise ValueError(f"target is {tuple(target.shape)}, tokens are {tuple(tokens.shape)}: one id for each")
         known = torch.ones_like(tokens, dtype=torch.bool)
         if target is None:
-            target, known = tokens.roll(-1, dims=1), known.index_fill(1, torch.tensor([tokens.shape[1] - 1]), False)
+            target, known[:, -1] = tokens.roll(-1, dims=1), False
         final = read_out(model, stream[-1]).log_softmax(-1)
         rows = []
         for i, x in enumerate(stream):
@@ -95,6 +95,9 @@ class LogitLens(Result):
                      value="probability", note=note)  # fmt: skip
 
 
+ROWS = 16_384  # of the unembedding that are widened at a time
+
+
 def readings(acts: Activations) -> Tensor:
     """The residual stream at the R places where the lens reads it.   -> [R b s d]"""
     mid, post = (stacked(acts, point) for point in AFTER)
@@ -105,7 +108,9 @@ def read_out(model: GptOss, x: Tensor) -> Tensor:
     """The model's own last step: final norm, unembedding.   [... d] -> [... V]"""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     scale = (wide.square().mean(-1, keepdim=True) + model.config.norm_eps).sqrt()
-    return (wide / scale * model.ln_final.weight) @ model.unembed.weight.T.to(wide.dtype)
+    normed = wide / scale * model.ln_final.weight
+    # Some rows at a time: the published table, widened whole, would be 2.3 GB.
+    return torch.cat([normed @ some.T.to(wide.dtype) for some in model.unembed.weight.split(ROWS)], dim=-1)
 
 
 class TunedLens(nn.Module):
@@ -118,8 +123,9 @@ class TunedLens(nn.Module):
     def __init__(self, model: GptOss):
         super().__init__()
         n, d = 2 * model.config.n_layers, model.config.d_model
-        self.weight = nn.Parameter(torch.zeros(n, d, d, dtype=model.dtype, device=model.device))
-        self.bias = nn.Parameter(torch.zeros(n, d, dtype=model.dtype, device=model.device))
+        dtype = torch.float32 if model.dtype == torch.float16 else model.dtype  # that of the residual stream
+        self.weight = nn.Parameter(torch.zeros(n, d, d, dtype=dtype, device=model.device))
+        self.bias = nn.Parameter(torch.zeros(n, d, dtype=dtype, device=model.device))
 
     def forward(self, x: Tensor, reading: int) -> Tensor:
         return x + x @ self.weight[reading].mT + self.bias[reading]

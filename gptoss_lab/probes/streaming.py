@@ -109,6 +109,7 @@ class Stream(Activations):
         super().__init__(model.hook_points, [])  # what is heard is not what is kept
         self.config, self.layers, self.quantities, self.windows = model.config, layers, set(quantities), windows
         self.labels, self.top, self.reduce, self.block = labels, top, reduce, block
+        self.n_labels = 0 if labels is None else int(labels.max()) + 1
         self._forget()
 
     def _forget(self) -> None:
@@ -244,7 +245,7 @@ class _Block:
         if (labels := self.stream.labels) is None:
             return None
         mine = labels[self.begin : self.first + self.n].to(self.position.device)
-        return nn.functional.one_hot(mine, int(labels.max()) + 1).to(dtype)
+        return (mine[:, None] == torch.arange(self.stream.n_labels, device=mine.device)).to(dtype)
 
     def on_a_cpu(self) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
         """lse, mean score and mean distance by the weights on keys [b H n], mass on each label [b H n C], as asked."""

@@ -4,42 +4,60 @@ A graph repeats the same kernels on the same addresses. So keys and values get f
 on the device, and whatever is listened to is copied into one buffer inside the graph. Nothing of the model is written
 twice: what is captured is `GptOss.read`.
 """
+import math
 from collections.abc import Callable
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from ...hooks import Activations, HookPoint, Read
 from ...kv_cache import KVCache
-from .. import gpu
+from .. import INSIDE, gpu
 
 WARM_UP = 2  # passes before the capture: kernels are compiled and libraries make their workspaces
 
 
 def captured(run: Callable[[], object]) -> Callable[[], None]:
     """What repeats `run`, which must not look at values, on the same memory."""
-    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    graph, side = torch.cuda.CUDAGraph(), side_stream(torch.cuda.current_device())
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         for _ in range(WARM_UP):
             run()
     torch.cuda.current_stream().wait_stream(side)
-    with torch.cuda.graph(graph):
+    # A capture fills the random generator's state in place, which may not be a tensor of inference mode.
+    with torch.inference_mode(False), torch.no_grad(), torch.cuda.graph(graph, stream=side):
         run()
     return graph.replay
 
 
-def serves(model, cache: KVCache) -> bool:
+@cache
+def side_stream(device: int) -> torch.cuda.Stream:
+    """One a GPU: libraries keep a workspace for each stream that they have seen."""
+    return torch.cuda.Stream(device)
+
+
+def serves(model, kept: KVCache) -> bool:
     """May a graph read what follows? Not with edits, nor with values that only the readable way makes."""
-    moe = model.blocks[0].mlp
-    if not (cache.length and gpu.serves(model.unembed.weight, moe.gate_up.bias) and moe.gate_up.packed):
+    moe, table, weight = model.blocks[0].mlp, model.embed.weight, model.unembed.weight
+    if not (kept.length and gpu.serves(weight, moe.gate_up.bias) and moe.gate_up.packed):
+        return False
+    if not (gpu.reaches(table) or table.is_pinned()) or kept.batch > most_rows(weight):
         return False
     if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
         return False
-    inside = {"attn_scores", "pattern", "result", *moe.inner_points}
+    inside = {*INSIDE, "result", *moe.inner_points}
     heard = [(name, one) for m in model.modules() for name, several in getattr(m, "listeners", {}).items()
              for one in several]  # fmt: skip
-    return all(isinstance(one, Read) and name not in inside for name, one in heard) and _padding(cache) is not False
+    return all(isinstance(one, Read) and name not in inside for name, one in heard) and _padding(kept) is not False
+
+
+def most_rows(weight: Tensor) -> float:
+    """Tokens that experts take without a look at who chose whom."""
+    from . import experts
+
+    return math.inf if gpu.tensor_cores(weight.device) and weight.dtype != torch.float32 else experts.FEW_ALONE
 
 
 def _padding(cache: KVCache) -> Tensor | None | bool:
@@ -103,6 +121,8 @@ class FixedCache:
 
     def give_back(self, length: int) -> None:
         """The KVCache continues after `length` columns."""
+        if length == self.cache.length:
+            return  # nothing was read, and a ring may hold what the passes before the capture wrote
         for layer, kept in self.layers.items():
             window = self.config.window(layer)
             if window is not None:
@@ -126,7 +146,7 @@ class Step:
         self.model, self.fixed = model, FixedCache(cache, capacity)
         self.length, self.capacity = cache.length, capacity
         self.tokens = torch.zeros(cache.batch, 1, dtype=torch.int64, device=model.device)
-        self.heard = self._heard()
+        self.heard, self.changes, self.modules = self._heard(), model.changes, list(model.modules())
         self.replay = captured(self._run)
 
     def _heard(self) -> list[tuple]:
@@ -136,7 +156,8 @@ class Step:
 
     def heard_the_same(self) -> bool:
         """Are the listeners still those for which this step was made?"""
-        return self._heard() == self.heard
+        others = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules)  # PyTorch's own
+        return self.model.changes == self.changes and not others
 
     def _run(self) -> None:
         """A forward pass in which values are collected instead of told to those who listen."""
