@@ -124,7 +124,8 @@ class Plan:
     def beside(self) -> dict[str, int]:
         """What takes none of the device's memory."""
         found = {f"weights: {part}, {self.why}": n for part, n in self.elsewhere.items() if n}
-        host = {"weights: embedding, in host memory": self.weights["embedding"]}
+        pinned = 1 << (self.weights["embedding"] - 1).bit_length()  # PyTorch pins powers of two
+        host = {"weights: embedding, pinned on the host": pinned}
         return found | (host if self.embedding_on_host else {})
 
     @property
