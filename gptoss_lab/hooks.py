@@ -9,17 +9,18 @@ import html
 import inspect
 import math
 import re
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
 
-from .memory import free_bytes
+from .memory import copied, free_bytes, large
 
 
 class Hooked(nn.Module):
@@ -34,7 +35,16 @@ class Hooked(nn.Module):
 
     def heard(self, *names: str) -> bool:
         """Is anyone listening to one of these values? What is dear is computed only then."""
-        return any(name in self.listeners for name in names)
+        return not self.listeners.keys().isdisjoint(names)
+
+    def give(self, name: str, x: Tensor) -> None:
+        """Tell those who read, and do not edit, a value that nobody else holds."""
+        for listener in self.listeners.get(name, ()):
+            listener.give(x)
+
+    def edited(self, *names: str) -> bool:
+        """May one who listens replace one of these values? All but `Read` may."""
+        return any(type(one) is not Read for name in names for one in self.listeners.get(name, ()))
 
 
 # ------------------------------------------------------------------------------------------ the registry
@@ -58,7 +68,7 @@ class HookPoint:
         found = re.match(r"blocks\.(\d+)\.", self.name)
         return int(found[1]) if found else None
 
-    @property
+    @cached_property
     def place(self) -> tuple[str, str]:
         """The path of the module that makes the value, and what it calls it there."""
         path, _, leaf = self.name.rpartition(".")
@@ -105,7 +115,7 @@ def _points() -> list[HookPoint]:
               shared=True),
         point(f"{b}.attn.hook_attn_scores", "b H s t", "rot_q · rot_k / sqrt(h); -inf where the key is not visible"),
         point(f"{b}.attn.hook_pattern", "b H s t", "softmax([attn_scores, sink_score]) without its last column: a row "
-              "sums to 1 - sink_mass", shared=True),
+              "sums to 1 - sink_mass"),
         point(f"{b}.attn.hook_sink_mass", "b H s", "the last column: probability spent on the sink", derived=True),
         point(f"{b}.attn.hook_z", "b s H h", "sum over t of pattern * v", f"{b}.attn.o.hook_in"),
         point(f"{b}.attn.hook_result", "b s H d", "W_o[head] z[head]: each head's write, without b_o"),
@@ -117,12 +127,11 @@ def _points() -> list[HookPoint]:
         point(f"{b}.mlp.hook_router_logits", "b s E", "W_r ln2.out + b_r, before top-k: an edit re-routes",
               f"{b}.mlp.router.hook_out", f"{hf}.mlp.router"),
         point(f"{b}.mlp.hook_expert_indices", "b s k", "the k largest router logits, falling; an edit forces experts",
-              f"{b}.mlp.router.hook_expert_indices", shared=True, dtype="int64"),
+              f"{b}.mlp.router.hook_expert_indices", dtype="int64"),
         point(f"{b}.mlp.hook_expert_weights", "b s k", "softmax over the chosen logits; 0 removes an expert",
               f"{b}.mlp.router.hook_expert_weights"),
-        point(f"{b}.mlp.hook_pre", "b s k f", "the SwiGLU's gate of each chosen expert, before the clamp",
-              shared=True),
-        point(f"{b}.mlp.hook_pre_linear", "b s k f", "its linear part, before the clamp", shared=True),
+        point(f"{b}.mlp.hook_pre", "b s k f", "the SwiGLU's gate of each chosen expert, before the clamp"),
+        point(f"{b}.mlp.hook_pre_linear", "b s k f", "its linear part, before the clamp"),
         point(f"{b}.mlp.hook_pre_clamped", "b s k f", "min(pre, 7)"),
         point(f"{b}.mlp.hook_pre_linear_clamped", "b s k f", "pre_linear held in ±7"),
         point(f"{b}.mlp.hook_post", "b s k f", "g sigmoid(1.702 g) (u + 1), g and u the clamped gate and linear"),
@@ -166,6 +175,7 @@ class HookPoints(Mapping):
                     if part not in (["ln1"], ["ln2"]):  # both have a scale, a normalized and an out
                         self._aliases[(leaf, layer)] = p.name
         self._aliases["ln_final.hook_in"] = f"blocks.{n_layers - 1}.hook_resid_post"
+        self._resolved = lru_cache(self._resolve)
 
     def __getitem__(self, key) -> HookPoint:
         name = key if key in self._points else self._aliases.get(key)
@@ -194,10 +204,12 @@ class HookPoints(Mapping):
         Raises:
             KeyError: one of them matches nothing; the message suggests the nearest names.
         """
-        found = set()
-        for one in DEFAULT if names is None else [names] if _is_one(names) else list(names):
-            found |= set(self._match(one))
-        return [p for p in self._points.values() if p.name in found]
+        names = DEFAULT if names is None else (names,) if _is_one(names) else tuple(names)
+        return list(self._resolved(names) if all(isinstance(one, str) for one in names) else self._resolve(names))
+
+    def _resolve(self, names: tuple) -> tuple[HookPoint, ...]:
+        found = {name for one in names for name in self._match(one)}
+        return tuple(p for p in self._points.values() if p.name in found)
 
     def _match(self, one) -> list[str]:
         if callable(one):
@@ -293,6 +305,7 @@ class Edit:
 class Read:
     """Hands a value to `keep(point, x)`, which returns it, or an equal one that depends on what was kept."""
 
+    __slots__ = ("keep", "point")
     last = True
 
     def __init__(self, keep: Callable, point: HookPoint):
@@ -300,9 +313,17 @@ class Read:
 
     def __call__(self, x: Tensor) -> Tensor:
         keep = self.keep
-        if torch.compiler.is_compiling() and x.requires_grad:  # inside a compiled graph it would have no gradient
+        if x.requires_grad and torch.compiler.is_compiling():  # inside a compiled graph it would have no gradient
             keep = torch.compiler.disable(keep)
         return keep(self.point, x)
+
+    def give(self, x: Tensor) -> None:
+        """x is nobody else's: a record that keeps all of it need not copy it."""
+        acts = getattr(self.keep, "__self__", None)
+        if type(acts) is Activations and acts.takes_all:
+            acts.take(self.point, x)
+        else:
+            self(x)
 
 
 def _given(fn: Callable, point: HookPoint) -> Callable[[Tensor], Tensor | None]:
@@ -322,6 +343,12 @@ def _show(value):
     return tuple(value) if isinstance(value, torch.Size) else value
 
 
+def pytorch_hooks(module: nn.Module) -> bool:
+    """Does anyone listen to this module through PyTorch?"""
+    forward = module._forward_hooks or module._forward_pre_hooks
+    return bool(forward or module._backward_hooks or module._backward_pre_hooks)
+
+
 def unwrapped(model: nn.Module) -> nn.Module:
     """The GptOss inside what torch.compile returned."""
     return getattr(model, "_orig_mod", model)
@@ -330,26 +357,38 @@ def unwrapped(model: nn.Module) -> nn.Module:
 @contextmanager
 def listening(model: nn.Module, listeners: Iterable[Edit | Read]):
     """Inside the block the listeners hear their points; afterwards, in any case, they are gone."""
-    inner, by_module = unwrapped(model), {}
+    inner, by_path, opened = unwrapped(model), {}, []
     for listener in listeners:
         path, name = listener.point.place
-        by_module.setdefault(path, []).append((name, listener))
-    opened = []
+        by_path.setdefault(path, []).append((name, listener))
     try:
-        for path, added in by_module.items():
-            module = attrgetter(path)(inner) if path else inner
-            heard = dict(module.listeners)
+        for path, added in by_path.items():
+            module = _module(inner, path)
+            before, heard = module.listeners, dict(module.listeners)
             for name, listener in added:
-                heard[name] = tuple(sorted((*heard.get(name, ()), listener), key=lambda one: one.last))
-            module.listeners = heard
-            opened.append((module, [listener for _, listener in added]))
-        inner.changes += 1
+                others = heard.get(name)
+                heard[name] = tuple(sorted((*others, listener), key=lambda one: one.last)) if others else (listener,)
+            vars(module)["listeners"] = heard  # nn.Module's own way takes 5 us
+            opened.append((module, before, heard, added))
+        vars(inner)["changes"] = inner.changes + 1
         yield
     finally:
-        inner.changes += 1
-        for module, added in opened:
-            left = {name: tuple(one for one in heard if one not in added) for name, heard in module.listeners.items()}
-            module.listeners = {name: heard for name, heard in left.items() if heard}
+        vars(inner)["changes"] = inner.changes + 1
+        for module, before, heard, added in opened:
+            if module.listeners is not heard:  # a block that was opened later is still open
+                gone = [listener for _, listener in added]
+                left = {name: [x for x in several if x not in gone] for name, several in module.listeners.items()}
+                before = {name: tuple(several) for name, several in left.items() if several}
+            vars(module)["listeners"] = before
+
+
+def _module(model: nn.Module, path: str) -> Hooked:
+    try:  # quicker than attribute by attribute
+        for part in path.split(".") if path else ():
+            model = model._modules[part]
+        return model
+    except KeyError:  # a part that somebody wrapped
+        return attrgetter(path)(model)
 
 
 @contextmanager
@@ -397,25 +436,30 @@ class Activations(Mapping):
 
     def __init__(self, points: HookPoints, wanted: list[HookPoint], device=None, pos_slice=None):
         self.points, self.wanted = points, wanted
-        self._device = device
+        self._device = None if device is None else torch.device(device)
         self._slice = slice(pos_slice, pos_slice + 1 or None) if isinstance(pos_slice, int) else pos_slice
-        self._kept: dict[str, list[Tensor]] = {}
+        self._kept: dict[str, list[Tensor]] = defaultdict(list)
         self._cache_id, self._first, self._length = None, 0, 0  # positions _first to _length are kept
-        self._alone = True
+        self._apart = False  # does a record need numbers of its own?
+
+    @cached_property
+    def kinds(self) -> Counter:
+        return kinds(self.wanted)
 
     def begin(self, cache_id, start: int, length: int, alone: bool) -> None:
         """A forward pass over positions start to start + length begins; it continues what is kept, or replaces it.
 
         `alone`: nobody else records this pass, so that what is fresh need not be copied.
         """
-        self._alone = alone
+        self._apart = not alone or self._slice is not None or self._device is not None
         rewound = start != self._length
         if cache_id is None or cache_id != self._cache_id or not self._first < start <= self._length:
-            self._kept = {}
+            self._kept = defaultdict(list)
         elif rewound and self._slice is not None:
-            self._kept = {}
+            self._kept = defaultdict(list)
         elif rewound:
-            self._kept = {p.name: [self._before(p, start)] for p in self.wanted if p.name in self._kept}
+            before = {p.name: [self._before(p, start)] for p in self.wanted if p.name in self._kept}
+            self._kept = defaultdict(list, before)
         if not self._kept:
             self._first = start
         self._cache_id, self._length = cache_id, start + length
@@ -426,27 +470,32 @@ class Activations(Mapping):
 
     def keep(self, point: HookPoint, x: Tensor) -> Tensor:
         """Take x. What the model goes on with is made from what was taken, so that gradients reach it."""
-        where = (...,)
-        if self._slice is not None:
-            where = (..., self._slice, *[slice(None)] * (-1 - point.axis("s")))
-        own = point.shared or self._slice is not None or not self._alone
+        # What is large on the CPU is copied in any case: see `memory.room`.
+        if not self._apart and not point.shared and x.is_contiguous() and (x.requires_grad or not large(x)):
+            self._kept[point.name].append(x)
+            return x
+        where = (..., slice(None) if self._slice is None else self._slice, *[slice(None)] * (-1 - point.axis("s")))
         taken = x if self._slice is None else x[where]
-        taken = taken.to(x.device if self._device is None else self._device, copy=own)
-        self._kept.setdefault(point.name, []).append(taken)
-        if self._slice is None and taken.device == x.device and not x.is_contiguous():
+        if self._device not in (None, x.device):
+            self._kept[point.name].append(taken.to(self._device))
+            return x
+        taken = taken.clone() if x.requires_grad else copied(taken)
+        self._kept[point.name].append(taken)
+        if self._slice is None and not x.is_contiguous():
             return taken  # the model goes on with the copy, which is quicker to read than the view
-        if own and taken.requires_grad and taken.device == x.device:
+        if taken.requires_grad:
             x = x.clone()
             x[where] = taken
         return x
 
-    def takes_all(self, device: torch.device) -> bool:
-        """Are values kept whole, and on this device?"""
-        return self._slice is None and self._device in (None, device)
+    @property
+    def takes_all(self) -> bool:
+        """Are values kept whole, where they are, and by nobody else?"""
+        return not self._apart
 
     def take(self, point: HookPoint, x: Tensor) -> None:
         """Keep x itself: it is nobody else's."""
-        self._kept.setdefault(point.name, []).append(x)
+        self._kept[point.name].append(x)
 
     def __getitem__(self, key) -> Tensor:
         point = self.points[key]
@@ -502,21 +551,25 @@ def record(model: nn.Module, *names, device=None, pos_slice=None):
         KeyError: a name matches nothing.
         MemoryError: from the forward pass, before it computes: what is asked for cannot fit, with the bytes.
     """
-    inner = unwrapped(model)
-    wanted = inner.hook_points.resolve(names or None)
-    acts = Activations(inner.hook_points, wanted, device, pos_slice)
-    inner.recordings = (*inner.recordings, acts)
+    with _recorded(unwrapped(model), unwrapped(model).hook_points.resolve(names or None), device, pos_slice) as acts:
+        yield acts
+
+
+@contextmanager
+def _recorded(model, points: list[HookPoint], device, pos_slice):
+    acts = Activations(model.hook_points, points, device, pos_slice)
+    vars(model)["recordings"] = *model.recordings, acts
     try:
-        with listening(model, [Read(acts.keep, point) for point in wanted]):
+        with listening(model, [Read(acts.keep, point) for point in points]):
             yield acts
     finally:
-        inner.recordings = tuple(one for one in inner.recordings if one is not acts)
+        vars(model)["recordings"] = tuple(one for one in model.recordings if one is not acts)
 
 
 def cost(model: nn.Module, names: Names = None, batch: int = 1, pos: int = 1) -> int:
     """Bytes that recording `names` over `batch` sequences of `pos` positions keeps, known before anything runs."""
     inner = unwrapped(model)
-    return _bytes(inner, inner.hook_points.resolve(names), batch, pos, pos)
+    return _bytes(inner, kinds(inner.hook_points.resolve(names)), batch, pos, pos)
 
 
 def widths(dtype: torch.dtype) -> dict[str, int]:
@@ -525,12 +578,17 @@ def widths(dtype: torch.dtype) -> dict[str, int]:
     return {"model": own, "stream": wide if dtype == torch.float16 else own, "float32": wide, "int64": 8}
 
 
-def _bytes(model, points: list[HookPoint], batch: int, pos: int, keys: int) -> int:
-    c, dtype = model.config, model.dtype
+def kinds(points: Iterable[HookPoint]) -> Counter:
+    """How many there are of each shape and dtype."""
+    return Counter((p.shape, p.dtype) for p in points)
+
+
+def _bytes(model, kinds: Counter, batch: int, pos: int, keys: int) -> int:
+    c, width = model.config, widths(model.dtype)
     sizes = dict(b=batch, s=pos, t=keys, d=c.d_model, H=c.n_heads, K=c.n_kv_heads, h=c.d_head, E=c.n_experts,
                  k=c.experts_per_token, f=c.d_ff, V=c.d_vocab, p=c.d_head // 2) | {"1": 1}  # fmt: skip
-    width = widths(dtype)
-    return sum(width[p.dtype] * math.prod(sizes[letter] for letter in p.shape.split()) for p in points)
+    numbers = lambda shape: math.prod(sizes[letter] for letter in shape.split())
+    return sum(n * width[dtype] * numbers(shape) for (shape, dtype), n in kinds.items())
 
 
 class HookedModel(Hooked):
@@ -543,7 +601,7 @@ class HookedModel(Hooked):
     @property
     def listened_to(self) -> bool:
         """Is anyone listening to any value, here or through PyTorch's own hooks?"""
-        return any(m._forward_hooks or m._forward_pre_hooks or getattr(m, "listeners", None) for m in self.modules())
+        return any(getattr(m, "listeners", None) or pytorch_hooks(m) for m in self.modules())
 
     def begin(self, cache_id, start: int, batch: int, pos: int, stop_at_layer: int | None) -> None:
         """Before a forward pass: whatever was asked for must be reached, and must fit."""
@@ -555,9 +613,11 @@ class HookedModel(Hooked):
                 raise ValueError(f"stop_at_layer={stop_at_layer} ends before {names}, which would never fire")
         for acts in self.recordings:
             acts.begin(cache_id, start, pos, alone=len(self.recordings) == 1)
-            device = torch.device(acts._device or self.device)
-            kept = pos if acts._slice is None else len(range(pos)[acts._slice])
-            need = _bytes(self, acts.wanted, batch, kept, start + pos)
+            kept, keys, c = pos if acts._slice is None else len(range(pos)[acts._slice]), start + pos, self.config
+            most = c.d_vocab + c.n_experts + c.experts_per_token * (c.d_ff + c.d_model) + c.n_heads * (c.d_model + keys)
+            if len(acts.wanted) * batch * kept * most * 8 <= UNASKED:  # which takes less time to know
+                continue
+            device, need = acts._device or self.device, _bytes(self, acts.kinds, batch, kept, keys)
             free = free_bytes(device) if need > UNASKED else None
             if free is not None and need > free:
                 raise MemoryError(f"recording {len(acts.wanted)} points over {batch} x {pos} positions needs "
@@ -583,7 +643,7 @@ class HookedModel(Hooked):
             points = [p for p in points if self._reached(p, stop) or p.name in named]
             if not points:
                 raise ValueError(f"stop_at_layer={stop_at_layer} ends before every point that {names} means")
-        with record(self, [p.name for p in points], device=device, pos_slice=pos_slice) as acts:
+        with _recorded(self, points, device, pos_slice) as acts:
             logits = self(tokens, stop_at_layer=stop_at_layer, **forward)
         return logits, acts
 

@@ -1,7 +1,13 @@
-"""How much memory is free, and how much may be mapped."""
+"""How much memory is free, how much may be mapped, and room for large values that come and go."""
+import math
+import mmap
 import os
+import weakref
+from contextlib import suppress
 
+import numpy as np
 import torch
+from torch import Tensor
 
 
 def free_bytes(device: torch.device) -> int | None:
@@ -27,3 +33,60 @@ def address_space() -> int | None:
     except (ImportError, OSError):
         return None
     return None if limit == resource.RLIM_INFINITY else max(0, limit - used)
+
+
+# ------------------------------------------------------------------------------------------ room for what is recorded
+
+SMALL, PAGE = 2**18, 2**21  # bytes that malloc serves well; bytes of a large page
+KEPT = 2**28  # bytes of recorded values that are gone, kept for the next ones
+_unused: dict[int, list[mmap.mmap]] = {}
+
+
+def large(x: Tensor) -> bool:
+    return x.nbytes >= SMALL and x.is_cpu and not torch.compiler.is_compiling()
+
+
+def room(like: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """like.new_empty(shape), a large one on the CPU in memory that was used before.
+
+    The system makes each page of 4 KiB at its first touch. For recorded values, hundreds of megabytes that come and go
+    with each pass, that took as long as computing them. So memory that large ones leave is kept, up to `KEPT` bytes,
+    and begins as pages of 2 MiB where the system has them.
+    """
+    n = like.itemsize * math.prod(shape)
+    if n < SMALL or not like.is_cpu or type(like) is not Tensor or not hasattr(mmap, "MADV_HUGEPAGE"):
+        return like.new_empty(shape)
+    size = _rounded(n)
+    try:
+        memory = (_unused.get(size) or [_mapped(size)]).pop()
+    except OSError:  # no room: PyTorch says so in its own words
+        return like.new_empty(shape)
+    whole = np.frombuffer(memory, np.uint8)
+    begin = -whole.ctypes.data % PAGE
+    mine = whole[begin : begin + n]
+    weakref.finalize(mine, _give_back, memory, size).atexit = False
+    return torch.empty(0, dtype=like.dtype).set_(torch.from_numpy(mine).untyped_storage(), 0, shape)
+
+
+def copied(x: Tensor) -> Tensor:
+    """x.clone(), contiguous, a large one in such memory."""
+    return room(x, x.shape).copy_(x) if large(x) else x.clone(memory_format=torch.contiguous_format)
+
+
+def _mapped(size: int) -> mmap.mmap:
+    memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if size >= PAGE:
+        with suppress(OSError):  # a system without large pages
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory
+
+
+def _rounded(n: int) -> int:
+    """By at most a quarter, so that texts of other lengths find memory too."""
+    step = 2 ** (n.bit_length() - 3)
+    return -(-n // step) * step
+
+
+def _give_back(memory: mmap.mmap, size: int) -> None:
+    if size + sum(n * len(several) for n, several in _unused.items()) <= KEPT:
+        _unused.setdefault(size, []).append(memory)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from . import fast, mxfp4
 from .config import Config
 from .fast import rotate
-from .hooks import Hooked, HookedModel, HookPoints
+from .hooks import Hooked, HookedModel, HookPoints, pytorch_hooks
 from .kv_cache import KVCache, Visible
 from .rope import RotaryEmbedding
 
@@ -44,16 +44,18 @@ class Embed(nn.Embedding):
 class RMSNorm(Hooked):
     """x / rms(x) * weight, computed in float32 or better.   [b s d] -> [b s d]"""
 
+    inner_points = ("scale", "normalized")
+
     def __init__(self, d_model: int, eps: float):
         super().__init__()
         self.eps, self.weight = eps, nn.Parameter(torch.ones(d_model))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.listeners and fast.norm_serves(x, self.weight):
-            return fast.norm(x, self.weight, self.eps)
+        heard = self.heard(*self.inner_points)
+        if fast.norm_serves(self, x, heard):
+            return self.hook("out", fast.norm(self, x, heard))
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
-        rms = fast.rms(wide, self.eps) if fast.plain(wide) else (wide.square().mean(-1, keepdim=True) + self.eps).sqrt()
-        scale = self.hook("scale", rms)
+        scale = self.hook("scale", (wide.square().mean(-1, keepdim=True) + self.eps).sqrt())
         normalized = self.hook("normalized", wide / scale)
         return self.hook("out", (normalized * self.weight).to(x.dtype))
 
@@ -69,6 +71,8 @@ def softmax_with_sink(scores: Tensor, sinks: Tensor) -> tuple[Tensor, Tensor]:
 
 class Attention(Hooked):
     """Grouped-query attention with a learned sink, on sliding layers over the last keys only.   [b s d] -> [b s d]"""
+
+    inner_points = ("attn_scores", "pattern")
 
     def __init__(self, config: Config, layer: int):
         super().__init__()
@@ -89,11 +93,11 @@ class Attention(Hooked):
             k, v = cache.extend(self.layer, k, v)
         sinks = self.hook("sink_scores", self.sinks[:, None].expand(len(x), -1, x.shape[1]))  # [b H s]
 
-        heard = self.heard("attn_scores", "pattern")
-        if not heard and fast.attention_serves(q, k):
-            z, sink_mass = fast.attention(q, k, v, sinks, visible)
+        heard = self.heard(*self.inner_points)
+        dropped = cache.dropped if heard and cache is not None and self.window is not None else 0
+        if not dropped and fast.attention_serves(self, q, k, v, sinks, heard):
+            z, sink_mass = fast.attention(self, q, k, v, sinks, visible, heard)
         else:
-            dropped = cache.dropped if heard and cache is not None and self.window is not None else 0
             z, sink_mass = self.attend(q, k, v, sinks, visible.mask, dropped)
         return self.write(z, sink_mass)
 
@@ -170,8 +174,6 @@ class Experts(nn.Module):
 
     def forward(self, x: Tensor, experts: Tensor) -> Tensor:
         """Row n through expert experts[n].   x [n in], experts [n] -> [n out]"""
-        if fast.rows_serve(self, x):
-            return fast.rows(self, x, experts)
         y = x.new_empty(x.shape[0], self.bias.shape[1])
         counts = experts.bincount(minlength=len(self.bias)).tolist()
         for expert, rows in enumerate(experts.argsort().split(counts)):
@@ -197,9 +199,16 @@ class MoE(Hooked):
         indices = self.hook("expert_indices", route(logits, self.config.experts_per_token))
         weights = self.hook("expert_weights", logits.gather(-1, indices).softmax(dim=-1))
         x = x.to(weights.dtype)  # beside a float16 model runs a float32 residual stream
-        if self.heard(*self.inner_points):
-            return self.mix(x, indices, weights)
-        return fast.mix(self, x, indices, weights)
+        heard = self.heard(*self.inner_points)
+        if fast.mix_serves(self, x, heard):
+            return fast.mix(self, x, indices, weights, heard)
+        return self.mix(x, indices, weights)
+
+    @property
+    def as_built(self) -> bool:
+        """Are both layers Experts that nobody hooked?"""
+        layers = self.gate_up, self.down
+        return all(type(layer) is Experts and not pytorch_hooks(layer) for layer in layers)
 
     def mix(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """x [b s d], indices and weights [b s k] -> [b s d]"""

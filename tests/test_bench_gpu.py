@@ -129,20 +129,20 @@ def test_correctness_that_was_not_finished_does_not_end_well(capsys):
 _attention, _mix = fast.attention, fast.mix
 
 
-def narrower(q, k, v, sinks, visible):
-    return _attention(q, k, v, sinks, Visible(visible.query, visible.key, visible.window and visible.window - 1))
+def narrower(attn, q, k, v, sinks, visible, heard):
+    return _attention(attn, q, k, v, sinks, Visible(visible.query, visible.key, visible.window and visible.window - 1), heard)
 
 
-def without_sink(q, k, v, sinks, visible):
-    return _attention(q, k, v, torch.full_like(sinks, -torch.inf), visible)
+def without_sink(attn, q, k, v, sinks, visible, heard):
+    return _attention(attn, q, k, v, torch.full_like(sinks, -torch.inf), visible, heard)
 
 
-def equal_weights(moe, x, indices, weights):
-    return _mix(moe, x, indices, torch.full_like(weights, 0.25))
+def equal_weights(moe, x, indices, weights, heard):
+    return _mix(moe, x, indices, torch.full_like(weights, 0.25), heard)
 
 
-def never_written(moe, x, indices, weights):
-    return _mix(moe, x, indices, weights).index_fill_(-1, torch.tensor([7]), torch.nan)
+def never_written(moe, x, indices, weights, heard):
+    return _mix(moe, x, indices, weights, heard).index_fill_(-1, torch.tensor([7]), torch.nan)
 
 
 @pytest.mark.parametrize("wrong", [narrower, without_sink, equal_weights, never_written])

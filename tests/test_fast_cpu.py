@@ -1,4 +1,5 @@
 """What is written in C++ gives the numbers of the readable way, on every instruction set."""
+import copy
 import ctypes
 import platform
 import shutil
@@ -10,8 +11,9 @@ import torch.nn.functional as F
 import torch.utils.flop_counter
 from models import one_thread, random_model, random_tokens, tiny_config  # noqa: F401
 
-from gptoss_lab import KVCache, fast, generate, model, mxfp4, record, rope
+from gptoss_lab import KVCache, edit, fast, generate, model, mxfp4, record, rope
 from gptoss_lab.fast import cpu
+from gptoss_lab.kv_cache import Visible
 
 COMPILER = shutil.which("g++") or shutil.which("clang++")
 needs_compiler = pytest.mark.skipif(COMPILER is None, reason="no C++ compiler is here")
@@ -116,24 +118,51 @@ def test_a_float32_product_is_that_of_float64(built, n, d_out, d_in):
         close(cpu.linear(x, weight, b), F.linear(x.double(), weight.double(), None if b is None else b.double()))
 
 
+INNER = {point: model.MoE.inner_points.index(point) for point in model.MoE.inner_points}
+
+
 @needs_compiler
-@pytest.mark.parametrize("n, d_out, d_in", [(1, 5, 40), (7, 6, 33), (40, 4, 16)])
-def test_float32_experts_are_those_of_float64_and_none_is_read_beyond_the_last(built, n, d_out, d_in):
-    x, experts = torch.randn(n, d_in), torch.randint(5, (n,))
-    weight, bias = torch.randn(5, d_out, d_in), torch.randn(5, d_out)
-    exact = torch.einsum("ni,noi->no", x.double(), weight[experts].double()) + bias[experts]
-    close(cpu.expert_rows(x, experts, weight, bias), exact)
+@torch.no_grad()
+@pytest.mark.parametrize("tokens, d, f", [(1, 40, 5), (3, 32, 16), (9, 33, 24)])
+@pytest.mark.parametrize("told", [(), tuple(INNER), ("post",), ("pre", "expert_out")])
+def test_the_mixture_of_a_few_tokens_and_what_is_made_inside_are_those_of_float64(built, tokens, d, f, told):
+    moe = model.MoE(tiny_config(n_experts=5, d_model=d, d_ff=f), packed=False)
+    for weight in moe.parameters():
+        weight.normal_(std=2 * weight.shape[-1] ** -0.5)
+    exact = copy.deepcopy(moe).double()
+    x, experts, weights = torch.randn(1, tokens, d), torch.rand(1, tokens, 5).argsort(-1)[..., :3].contiguous(), torch.rand(1, tokens, 3)
+    parts = [torch.full((1, tokens, 3, d if name == "expert_out" else f), torch.nan) if name in told else None for name in INNER]
+    seen = {}
+    exact.hook = lambda name, value: seen.setdefault(name, value)
+    close(cpu.mix(moe, x, experts, weights, parts), exact.mix(x.double(), experts, weights.double()), units=30)
+    for name in told:
+        close(parts[INNER[name]], seen[name], units=30)
     for none in (-1, 5):
-        experts[-1] = none
+        experts[0, -1, -1] = none
         with pytest.raises(IndexError, match="there are 0 to 4"):
-            cpu.expert_rows(x, experts, weight, bias)
+            cpu.mix(moe, x, experts, weights)
 
 
 @needs_compiler
 @pytest.mark.parametrize("d", [1, 15, 16, 96, 130])
-def test_the_rms_is_that_of_float64(built, d):
-    x = torch.randn(2, 3, d)
-    close(cpu.rms(x, 1e-3), (x.double().square().mean(-1, keepdim=True) + 1e-3).sqrt())
+def test_the_norm_and_what_is_made_inside_are_those_of_float64(built, d):
+    x, weight, scale, normalized = torch.randn(2, 3, d), torch.randn(d), torch.empty(2, 3, 1), torch.empty(2, 3, d)
+    rms = (x.double().square().mean(-1, keepdim=True) + 1e-3).sqrt()
+    close(cpu.norm(x, weight, 1e-3, scale, normalized), x.double() / rms * weight)
+    close(scale, rms)
+    close(normalized, x.double() / rms)
+    assert torch.equal(cpu.norm(x, weight, 1e-3), cpu.norm(x, weight, 1e-3, None, normalized))
+
+
+@needs_compiler
+def test_expert_outputs_are_added_by_their_weights_and_handed_out(built):
+    y, place, weights, out = torch.randn(5, 33), torch.tensor([7, 0, 2, 3, 6]), torch.rand(4, 2), torch.randn(4, 33)
+    outs, exact = torch.zeros(8, 33), out.double()
+    for row, slot in enumerate(place.tolist()):
+        exact[slot // 2] += weights.double()[slot // 2, slot % 2] * y[row]
+    cpu.add_rows(y, place, weights, out, outs)
+    close(out, exact)
+    assert torch.equal(outs[place], y) and not outs[[1, 4, 5]].any()
 
 
 @needs_compiler
@@ -150,33 +179,42 @@ def test_the_rotation_is_that_of_the_readable_way(built, rows):
     (1, 1, 1, 1, 1, 2, None), (1, 1, 77, 8, 2, 32, None), (2, 5, 5, 6, 2, 24, 3), (3, 7, 20, 7, 1, 16, 8),
     (1, 33, 40, 16, 2, 64, None), (2, 1, 17, 5, 5, 6, 4)])  # fmt: skip
 @pytest.mark.parametrize("padded", [False, True])
-def test_attention_is_that_of_the_readable_way(built, batch, s, t, n_heads, n_kv_heads, h, window, padded):
+def test_attention_and_what_is_made_inside_are_those_of_the_readable_way(built, batch, s, t, n_heads, n_kv_heads, h, window, padded):
     config = tiny_config(n_heads=n_heads, n_kv_heads=n_kv_heads, d_head=h)
     q, k, v = torch.randn(batch, s, n_heads, h), torch.randn(batch, t + 3, n_kv_heads, h), torch.randn(batch, t, n_kv_heads + 2, h)
     k, v = k[:, :t], v[:, :, 1:-1]  # a buffer with room, a view of q, k and v
     sinks = torch.randn(n_heads)[:, None].expand(batch, -1, s).contiguous()
     sinks[:, 0] = -torch.inf
-    distance = torch.arange(t - s, t)[:, None] - torch.arange(t)
-    visible = ((distance >= 0) & (distance < (window or t)))[None, None]
-    if padded:
-        hidden = torch.randint(2, (batch, 1, s, t)).bool() & (distance != 0)
-        visible = visible & ~hidden
-    readable = model.Attention(config, 0).attend(q.double(), k.double(), v.double(), sinks.double(), visible, 0)
-    for ours, exact in zip(cpu.attend(q, k, v, sinks, visible), readable):
+    key = torch.arange(t)
+    if padded:  # each row has its own, at any place
+        mask = torch.randint(2, (batch, t)).bool()
+        key = torch.where(mask, mask.cumsum(-1) - 1, -1)
+    query = key[..., t - s :].clamp(min=0)
+    scores, pattern = torch.empty(2, batch, n_heads, s, t)
+    attention = model.Attention(config, 0)
+    seen = {}
+    attention.hook = lambda name, value: seen.setdefault(name, value)
+    visible = Visible(query, key, window)
+    readable = attention.attend(q.double(), k.double(), v.double(), sinks.double(), visible.mask, 0)
+    for ours, exact in zip(cpu.attend(q, k, v, sinks, query, key, window, scores, pattern), readable):
         close(ours, exact, units=30)
+    assert torch.equal(scores.isinf(), seen["attn_scores"].isinf())
+    close(scores.masked_fill(scores.isinf(), 0), seen["attn_scores"].masked_fill(scores.isinf(), 0), units=30)
+    close(pattern, seen["pattern"], units=30)
 
 
 @needs_compiler
 def test_two_threads_give_the_numbers_of_one(monkeypatch):
-    x, experts, h = torch.randn(9, 40), torch.randint(5, (9,)), torch.randn(9, 40)
+    x, h = torch.randn(9, 40), torch.randn(9, 40)
     weight, bias, (q, k) = torch.randn(5, 11, 40), torch.randn(5, 11), torch.randn(2, 3, 7, 4, 8)
-    visible = torch.ones(1, 1, 7, 7).tril().bool()
+    moe, at = random_model(tiny_config(n_experts=5), dtype=torch.float32).blocks[0].mlp, torch.arange(7)
+    tokens, chosen = torch.randn(1, 3, 32), torch.randint(5, (1, 3, 3))
     found = []
     for threads in (1, 2):
         monkeypatch.setattr(torch, "get_num_threads", lambda threads=threads: threads)
-        found.append([cpu.linear(x, weight[0], bias[0]), cpu.expert_rows(x, experts, weight, bias), cpu.swiglu(h, 2.0, 1.7),
+        found.append([cpu.linear(x, weight[0], bias[0]), cpu.mix(moe, tokens, chosen, tokens[..., :3].contiguous()), cpu.swiglu(h, 2.0, 1.7),
                       cpu.rotate(q, q[0, :, 0, :4].contiguous(), q[0, :, 1, :4].contiguous()),
-                      *cpu.attend(q, k, k, torch.zeros(3, 4, 7), visible)])  # fmt: skip
+                      *cpu.attend(q, k, k, torch.zeros(3, 4, 7), at, at, None)])  # fmt: skip
     assert all(torch.equal(one, two) for one, two in zip(*found, strict=True))
 
 
@@ -208,14 +246,12 @@ def test_the_largest_are_those_of_a_stable_sort_also_among_equals_and_without_nu
 @needs_compiler
 def test_nan_in_what_is_read_is_nan_in_what_comes_out(built):
     nan = torch.tensor([[torch.nan, 1.0, 1.0, torch.nan]])
-    assert cpu.swiglu(nan, 7.0, 1.702).isnan().all() and cpu.rms(nan, 1e-5).isnan().all()
+    assert cpu.swiglu(nan, 7.0, 1.702).isnan().all() and cpu.norm(nan, nan[0], 1e-5).isnan().all()
     q, k = torch.ones(1, 1, 1, 4), torch.ones(1, 3, 1, 4)
     k[0, 1] = torch.nan
-    visible = torch.tensor([True, True, False])[None, None, None]
-    z, mass = cpu.attend(q, k, torch.ones_like(k), torch.zeros(1, 1, 1), visible)
-    assert z.isnan().all() and mass.isnan().all()
-    z, mass = cpu.attend(q, k, torch.ones_like(k), torch.zeros(1, 1, 1), visible.roll(1, -1) & visible.roll(-1, -1))
-    assert z.isfinite().all() and mass.isfinite().all()
+    for window, same in ((None, torch.Tensor.isnan), (1, torch.Tensor.isfinite)):  # with the key, and without it
+        z, mass = cpu.attend(q, k, torch.ones_like(k), torch.zeros(1, 1, 1), torch.tensor([2]), torch.arange(3), window)
+        assert same(z).all() and same(mass).all()
 
 
 @needs_compiler
@@ -253,13 +289,55 @@ def test_few_rows_go_through_the_library_and_through_every_layer_that_somebody_p
     real = cpu._call
     monkeypatch.setattr(cpu, "_call", lambda name, *given: called.append(name) or real(name, *given))
     lab(tokens)
-    assert set(called) == {"linear", "rms", "rotate", "attend", "top", "expert_rows", "swiglu"}
+    assert set(called) == {"linear", "norm", "rotate", "attend", "top", "mix"}
     for path in ("ln1", "attn.qkv", "attn.out", "mlp.router", "mlp.gate_up", "mlp.down"):
         called.clear()
         handle = lab.blocks[1].get_submodule(path).register_forward_hook(lambda *given: called.append("hook"))
         generate(lab, tokens, 3, stop=())
         assert called.count("hook") == 3, path
         handle.remove()
+
+
+READ = lambda name: not name.endswith("hook_result")  # whose sum is the output then
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("shape", [(1, 1), (1, 5), (2, 40), (3, 120)])
+@pytest.mark.parametrize("padded", [False, True])
+def test_reading_every_value_changes_no_bit_of_the_logits_and_gives_the_numbers_of_the_readable_way(shape, padded, monkeypatch):
+    lab, tokens = random_model(tiny_config(), dtype=torch.float32), random_tokens(tiny_config(), *shape)
+    mask = torch.ones_like(tokens)
+    mask[0, : shape[1] // 3] = 1 - padded
+    idle = lab(tokens, mask)
+    logits, acts = lab.run_with_cache(tokens, READ, attention_mask=mask)
+    few, default = lab.run_with_cache(tokens, attention_mask=mask)
+    assert torch.equal(logits, idle) and torch.equal(few, idle)
+    assert all(torch.equal(x, acts[name]) for name, x in default.items())
+    called = []
+    monkeypatch.setattr(fast, "made_for", lambda *given: called.append(given))
+    with edit(lab, {name: lambda x: x for name in acts if lab.hook_points[name].writable}):
+        readable, slow = lab.run_with_cache(tokens, READ, attention_mask=mask)
+    assert not called  # who may edit gets each value before the next is made from it
+    for name, x in slow.items():
+        assert torch.equal(acts[name].isinf(), x.isinf()), name
+        finite = x.masked_fill(x.isinf(), 0)
+        torch.testing.assert_close(acts[name].masked_fill(x.isinf(), 0), finite, atol=1e-5 * (1 + finite.abs().max().item()), rtol=0,
+                                   msg=lambda said, name=name: f"{name}: {said}")  # fmt: skip
+
+
+@needs_compiler
+@torch.no_grad()
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [3, 120])
+def test_experts_that_somebody_hooked_are_called_whatever_the_way(packed, length):
+    lab, tokens, called = random_model(tiny_config(), dtype=torch.float32, packed=packed), random_tokens(tiny_config(), 1, length), []
+    expected = lab(tokens)
+    for part in ("gate_up", "down"):
+        handle = lab.blocks[1].mlp.get_submodule(part).register_forward_hook(lambda *given: called.append(given))
+        torch.testing.assert_close(lab(tokens), expected, atol=1e-4, rtol=0)
+        handle.remove()
+    assert len(called) == 2
 
 
 @needs_compiler

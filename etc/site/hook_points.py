@@ -8,7 +8,7 @@ from mkdocs.structure.files import File
 
 from gptoss_lab import show
 from gptoss_lab.config import published
-from gptoss_lab.hooks import DEFAULT, POINTS, HookPoint, HookPoints, _bytes
+from gptoss_lab.hooks import DEFAULT, POINTS, HookPoint, HookPoints, _bytes, kinds
 from notebooks import raw  # beside this file: MkDocs looks there while it loads a hook
 
 PLACES = {
@@ -52,7 +52,7 @@ def size(n: float) -> str:
 def bytes_a_token(point: HookPoint, config) -> int:
     """What a record keeps for one token; for values with a row of keys, for each of them."""
     model = SimpleNamespace(config=config, dtype=torch.bfloat16)
-    return _bytes(model, [point], batch=1, pos=1, keys=1)
+    return _bytes(model, kinds([point]), batch=1, pos=1, keys=1)
 
 
 def anchor(point: HookPoint) -> str:

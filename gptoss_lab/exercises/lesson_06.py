@@ -125,6 +125,10 @@ def cache_bytes(n_tokens, n_kv_heads, d_head, windows, width):
     kept = sum(n_tokens if window is None else min(n_tokens, window) for window in windows)
     return kept * n_kv_heads * d_head * width
 ''',
+            "one layer is counted, a full one, and the others are forgotten": '''\
+def cache_bytes(n_tokens, n_kv_heads, d_head, windows, width):
+    return 2 * n_tokens * n_kv_heads * d_head * width
+''',
             "sliding layers keep every token too": '''\
 def cache_bytes(n_tokens, n_kv_heads, d_head, windows, width):
     return 2 * n_tokens * len(windows) * n_kv_heads * d_head * width

@@ -1,4 +1,4 @@
-"""The same numbers sooner. The model comes here only where nobody listens to a value that is not made here."""
+"""The same numbers sooner. What nobody listens to need not be made; what is made inside can be read, not edited."""
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -6,7 +6,23 @@ from torch.nn import Parameter
 
 from .. import rope
 from ..kv_cache import Visible
+from ..memory import room
 from . import cpu, gpu
+
+# ------------------------------------------------------------------------------------------ what is made inside
+
+
+def made_for(module, x: Tensor, shapes: list[tuple]) -> list[Tensor | None]:
+    """Room for each of the module's inner points that somebody reads, for C++ to fill."""
+    return [room(x, shape) if module.heard(name) else None for name, shape in zip(module.inner_points, shapes)]
+
+
+def tell(module, made: list[Tensor | None]) -> None:
+    """Those who read it get it."""
+    for name, x in zip(module.inner_points, made):
+        if x is not None:
+            module.give(name, x)
+
 
 # ------------------------------------------------------------------------------------------ rows
 
@@ -20,16 +36,23 @@ def lookup(weight: Tensor, tokens: Tensor) -> Tensor:
     return F.embedding(tokens.to(weight.device), weight).to(tokens.device)
 
 
-def norm_serves(x: Tensor, weight: Tensor) -> bool:
-    """On a GPU, in one kernel instead of eight."""
-    return gpu.serves(x, weight)
+def norm_serves(norm, x: Tensor, heard: bool) -> bool:
+    """In one operation instead of eight."""
+    if gpu.serves(x, norm.weight):
+        return not heard
+    return plain(x, norm.weight) and not (heard and norm.edited(*norm.inner_points))
 
 
-def norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+def norm(norm, x: Tensor, heard: bool) -> Tensor:
     """RMSNorm.   [.. d] -> [.. d]"""
-    from .gpu import rows
+    if gpu.serves(x, norm.weight):
+        from .gpu import rows
 
-    return rows.rms_norm(x, weight, eps, x.dtype)
+        return rows.rms_norm(x, norm.weight, norm.eps, x.dtype)
+    made = made_for(norm, x, [(*x.shape[:-1], 1), x.shape]) if heard else (None, None)
+    out = cpu.norm(x.contiguous(), norm.weight, norm.eps, *made)
+    tell(norm, made)
+    return out
 
 
 def route_serves(logits: Tensor) -> bool:
@@ -108,14 +131,6 @@ def plain(*tensors: Tensor) -> bool:
     return all(x.dtype == torch.float32 and x.is_cpu and type(x) in (Tensor, Parameter) for x in tensors)
 
 
-# ------------------------------------------------------------------------------------------ norms and rotations
-
-
-def rms(x: Tensor, eps: float) -> Tensor:
-    """sqrt(mean(x^2) + eps), for float32 where `plain` holds.   [.. d] -> [.. 1]"""
-    return cpu.rms(x.contiguous(), eps)
-
-
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """rope.rotate, in one operation instead of eleven."""
     if plain(x, cos, sin) and x.stride()[2:] == (x.shape[3], 1) and cos.is_contiguous() and sin.is_contiguous():
@@ -161,15 +176,24 @@ def next_token(attn, x: Tensor, cos: Tensor, sin: Tensor, visible: Visible, cach
 NEAR = 1024  # keys that C++ reads for many queries: they stay in the cache, and only the visible ones are read
 
 
-def attention_serves(q: Tensor, k: Tensor) -> bool:
-    """Flash kernels give no gradient through their log-sum-exp, on which the sink depends."""
+def attention_serves(attn, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, heard: bool) -> bool:
+    """Flash kernels give no gradient through their log-sum-exp, on which the sink depends, and tell no scores."""
     if gpu.serves(q, k):
-        return True
+        return not heard
+    if heard:
+        return near(q, k, v, sinks) and not attn.edited(*attn.inner_points)
     grad = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad)
     return q.device.type == "cpu" and not grad
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible) -> tuple[Tensor, Tensor]:
+def near(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor) -> bool:
+    """Few keys, or one query: C++ is quicker than a flash kernel, and tells its scores."""
+    return (q.shape[1] == 1 or k.shape[1] <= NEAR) and plain(q, k, v, sinks)
+
+
+def attention(
+    attn, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible, heard: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """q [b s H h], k and v [b t K h], sinks [b H s] -> z [b s H h], sink_mass [b H s]
 
     A softmax over [scores, sink] is the softmax over the scores times sigmoid(lse - sink), lse being the log of the
@@ -179,9 +203,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible) 
         from .gpu import attention as kernels
 
         return kernels.attention(q, k, v, sinks, visible)
-    if (q.shape[1] == 1 or k.shape[1] <= NEAR) and plain(q, k, v, sinks):
+    if near(q, k, v, sinks):
         k, v = (x if x.stride()[2:] == (x.shape[3], 1) else x.contiguous() for x in (k, v))
-        return cpu.attend(q.contiguous(), k, v, sinks.contiguous(), visible.mask.contiguous())
+        made = made_for(attn, q, [(*sinks.shape, k.shape[1])] * 2) if heard else (None, None)
+        z, sink_mass = cpu.attend(q.contiguous(), k, v, sinks.contiguous(), visible.query.contiguous(),
+                                  visible.key.contiguous(), visible.window, *made)  # fmt: skip
+        tell(attn, made)
+        return z, sink_mass
     # Some queries at a time: the mask does not grow with the square of the text, and a window skips the keys before it.
     rows = QUERIES if visible.window is None else max(visible.window, 64)
     if q.shape[1] > rows:
@@ -189,7 +217,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Visible) 
         for begin in range(0, q.shape[1], rows):
             some = slice(begin, begin + rows)
             seen, keys = visible.of(some)
-            parts.append(attention(q[:, some], k[:, keys], v[:, keys], sinks[..., some], seen))
+            parts.append(attention(attn, q[:, some], k[:, keys], v[:, keys], sinks[..., some], seen, heard))
         z, sink_mass = zip(*parts)
         return torch.cat(z, dim=1), torch.cat(sink_mass, dim=2)
     z, lse = flash(q, k, v, visible.mask)
@@ -218,7 +246,20 @@ SLOTS = 256  # tokens times experts of each that C++ multiplies
 PIECE = 96  # rows of a matrix unpacked at a time, in bfloat16 192: 1.1 MB at the published width, the second cache
 
 
-def mix(moe, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
+def mix_serves(moe, x: Tensor, heard: bool) -> bool:
+    """Not for layers that somebody replaced or hooked: `MoE.mix` calls them."""
+    return moe.as_built and not (heard and (moe.edited(*moe.inner_points) or not plain_experts(moe, x)))
+
+
+def plain_experts(moe, x: Tensor) -> bool:
+    """Of float32 numbers, for C++."""
+    up, down = moe.gate_up, moe.down
+    if up.packed or down.packed or not plain(x, up.weight, up.bias, down.weight, down.bias):
+        return False
+    return up.weight.is_contiguous() and down.weight.is_contiguous()
+
+
+def mix(moe, x: Tensor, indices: Tensor, weights: Tensor, heard: bool) -> Tensor:
     """The chosen experts, each over the tokens that chose it.   x [b s d], indices and weights [b s k] -> [b s d]"""
     if moe.gate_up.packed and moe.down.packed and gpu.serves(x, moe.gate_up.blocks, moe.down.blocks):
         from .gpu import experts as kernels
@@ -226,38 +267,41 @@ def mix(moe, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         return kernels.mix(moe, *(y.flatten(0, 1) for y in (x, indices, weights))).view_as(x)
     if packed_serves(moe, x):
         return mix_packed(moe, x, indices, weights)
+    if plain_experts(moe, x):
+        d, f = moe.config.d_model, moe.config.d_ff
+        made = made_for(moe, x, [(*indices.shape, f)] * 5 + [(*indices.shape, d)]) if heard else (None,) * 6
+        if indices.numel() <= SLOTS:
+            out = cpu.mix(moe, x.contiguous(), indices.contiguous(), weights.contiguous(), made)
+        else:
+            out = mix_sorted(moe, x, indices, weights, made)
+        tell(moe, made)
+        return out
+    one_token = x.shape[:-1].numel() == 1
+    if one_token and by_hand(x) and product_is_turned(1, x.shape[-1], moe.gate_up.bias.shape[1], x):
+        return mix_one_token(moe, x.flatten(0, 1), indices.flatten(), weights.flatten(0, 1)).view_as(x)
+    return mix_sorted(moe, x, indices, weights)
+
+
+def mix_sorted(moe, x: Tensor, indices: Tensor, weights: Tensor, made=(None,) * 6) -> Tensor:
+    """One expert's rows after another's. What is made inside goes to `made` as well."""
     tokens, experts = x.flatten(0, 1), indices.flatten()
-    if len(experts) <= SLOTS and plain(x):
-        n, k = len(tokens), indices.shape[-1]
-        h = moe.gate_up(tokens.unsqueeze(1).expand(n, k, -1).reshape(n * k, -1), experts)
-        y = moe.down(swiglu(h, moe.config), experts)
-        return torch.bmm(weights.reshape(n, 1, k), y.view(n, k, -1)).view_as(x)
-    d_out, d_in = moe.gate_up.bias.shape[1], tokens.shape[1]
-    if tokens.shape[0] == 1 and by_hand(x) and product_is_turned(1, d_in, d_out, x):
-        return mix_one_token(moe, tokens, experts, weights.flatten(0, 1)).view_as(x)
     order, counts = experts.argsort(), experts.bincount(minlength=moe.config.n_experts).tolist()
-    rows, weights = order // indices.shape[-1], weights.flatten()[order].unsqueeze(-1)
+    rows = order // indices.shape[-1]
     used = [(e, n) for e, n in enumerate(counts) if n]
-    out, end = torch.zeros_like(tokens), 0
+    out, end = torch.zeros_like(tokens, memory_format=torch.contiguous_format), 0
     # Few rows: fewer operations over all of them. Many: one expert after the other, each while it is in the cache.
     for group in [used] if len(rows) <= 256 else [[one] for one in used]:
         group, sizes = zip(*group)
         mine = slice(end, end := end + sum(sizes))
         parts = zip(group, tokens.index_select(0, rows[mine]).split(sizes))
         h = _join([product(part, moe.gate_up.matrix(e), moe.gate_up.bias[e]) for e, part in parts])
-        parts = zip(group, swiglu(h, moe.config).split(sizes))
+        parts = zip(group, swiglu(h, moe.config, order[mine], made[:5]).split(sizes))
         y = _join([product(part, moe.down.matrix(e), moe.down.bias[e]) for e, part in parts])
-        out = out.index_add_(0, rows[mine], y * weights[mine])
+        if plain(y, weights):
+            cpu.add_rows(y.contiguous(), order[mine], weights.contiguous(), out, made[5])
+        else:
+            out = out.index_add_(0, rows[mine], y * weights.flatten()[order[mine]].unsqueeze(-1))
     return out.view_as(x)
-
-
-def rows_serve(layer, x: Tensor) -> bool:
-    """Few rows through dense experts."""
-    return len(x) <= SLOTS and not layer.packed and plain(x, layer.weight, layer.bias) and layer.weight.is_contiguous()
-
-
-def rows(layer, x: Tensor, experts: Tensor) -> Tensor:
-    return cpu.expert_rows(x.contiguous(), experts.contiguous(), layer.weight, layer.bias.contiguous())
 
 
 def mix_one_token(moe, x: Tensor, experts: Tensor, weights: Tensor) -> Tensor:
@@ -316,11 +360,11 @@ def packed_product(layer, x: Tensor, experts: Tensor, rows: Tensor) -> Tensor:
     return y
 
 
-def swiglu(h: Tensor, config) -> Tensor:
-    """gate * sigmoid(alpha * gate) * (linear + 1), clamped.   [n 2f] -> [n f]"""
+def swiglu(h: Tensor, config, place: Tensor | None = None, made=(None,) * 5) -> Tensor:
+    """gate * sigmoid(alpha * gate) * (linear + 1), clamped; for `place` and `made` see cpu.swiglu.   [n 2f] -> [n f]"""
     limit = config.swiglu_limit
-    if plain(h) and h.is_contiguous():
-        return cpu.swiglu(h, limit, config.swiglu_alpha)
+    if plain(h):
+        return cpu.swiglu(h.contiguous(), limit, config.swiglu_alpha, place, made)
     gate, linear = h.view(h.shape[0], -1, 2).unbind(-1)  # rows alternate: gate 0, linear 0, gate 1, ...
     gate, linear = gate.clamp(max=limit), linear.clamp(-limit, limit)
     post = (config.swiglu_alpha * gate).sigmoid_() * gate

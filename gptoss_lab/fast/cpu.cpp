@@ -1,9 +1,11 @@
 // Two things that PyTorch's operations are slow at. Weights as they are stored, times float32: MXFP4 blocks and bfloat16
 // rows are widened in registers. And few rows in float32, where calling an operation costs more than its arithmetic.
 // Built by cpu.py at first use. Reference: gptoss_lab/mxfp4.py and model.py, against which every function is tested.
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <vector>
 
 #if defined(__AVX512F__) || defined(__AVX2__)
@@ -283,9 +285,20 @@ static inline void tile(const float* ahead, int step, const float* const* x, con
     }
 }
 
-// Rows i of group g: y[i] = w[g] x[i] + bias[g].   x [n in], w [groups out in], bias [groups out] or null -> y [n out]
+// x times one row of w: in the order of the memory, which the processor foresees.
+static inline Vec stream(const float* x, const float* w, int64_t in) {
+    Vec total[4] = {};
+    int64_t i = 0;
+    for (; i + 4 * LANES <= in; i += 4 * LANES)
+        for (int j = 0; j < 4; j++) total[j] += load(x + i + j * LANES) * load(w + i + j * LANES);
+    for (; i + LANES <= in; i += LANES) total[0] += load(x + i) * load(w + i);
+    if (i < in) total[1] += load(x + i, in - i) * load(w + i, in - i);
+    return (total[0] + total[1]) + (total[2] + total[3]);
+}
+
+// Rows i of group g: y[i] = w[g] x[i / share] + bias[g].   x [n / share in], w [groups out in], bias [groups out] or null -> y [n out]
 static void product(const std::vector<std::vector<int64_t>>& groups, const float* x, const float* w, const float* bias,
-                    float* y, int64_t in, int64_t out, int64_t threads) {
+                    float* y, int64_t in, int64_t out, int64_t share, int64_t threads) {
     std::vector<int64_t> used;
     for (size_t g = 0; g < groups.size(); g++)
         if (!groups[g].empty()) used.push_back(g);
@@ -295,14 +308,23 @@ static void product(const std::vector<std::vector<int64_t>>& groups, const float
             const int64_t g = used[u];
             const std::vector<int64_t>& rows = groups[g];
             const float *its = w + g * out * in, *add = bias ? bias + g * out : nullptr;
+            if (rows.size() == 1) {
+                const float* mine = x + rows[0] / share * in;
+                Vec total[4] = {};
+                for (int64_t r = 0; r < 4 && o + r < out; r++) total[r] = stream(mine, its + (o + r) * in, in);
+                float of[4];
+                sums(total, of);
+                for (int64_t r = 0; r < 4 && o + r < out; r++) y[rows[0] * out + o + r] = of[r] + (add ? add[o + r] : 0.f);
+                continue;
+            }
             const int turns = (rows.size() + TILE - 1) / TILE;
             for (size_t at = 0; at < rows.size();) {
                 const float* from[4];
                 float* to[4];
-                const int share = at / TILE, step = share < 4 ? (4 + turns - 1) / turns : 0;
-                const float* ahead = its + (o + 8 + share * step) * in;
+                const int part = at / TILE, step = part < 4 ? (4 + turns - 1) / turns : 0;
+                const float* ahead = its + (o + 8 + part * step) * in;
                 const int m = rows.size() - at < TILE ? rows.size() - at : TILE;
-                for (int i = 0; i < m; i++, at++) from[i] = x + rows[at] * in, to[i] = y + rows[at] * out;
+                for (int i = 0; i < m; i++, at++) from[i] = x + rows[at] / share * in, to[i] = y + rows[at] * out;
                 if (m == 1) tile<1>(ahead, step, from, its, in, add, to, o, in, out);
                 else if (m == 2) tile<2>(ahead, step, from, its, in, add, to, o, in, out);
                 else if (m == 3) tile<3>(ahead, step, from, its, in, add, to, o, in, out);
@@ -311,10 +333,12 @@ static void product(const std::vector<std::vector<int64_t>>& groups, const float
         }
 }
 
-// M query heads that share a key head, over keys 0 to t - 1.   q and z [M h], sinks and mass one a head `s` apart
+// M query heads that share a key head, over keys 0 to t - 1.   q and z [M h], sinks and mass one a head `s` apart; scores and
+// pattern, where they are handed out, rows of `apart` numbers, one a head
 template <int M>
 static void attend_heads(const float* q, const float* k, const float* v, const float* sinks, const uint8_t* seen, float* z,
-                         float* mass, int64_t s, int64_t t, int64_t h, int64_t k_t, int64_t v_t, std::vector<float>& room) {
+                         float* mass, float* scores, float* pattern, int64_t apart, int64_t s, int64_t t, int64_t h, int64_t k_t,
+                         int64_t v_t, std::vector<float>& room) {
     const int64_t wide = (t + LANES - 1) / LANES * LANES;
     room.resize(M * (wide + h));
     const float* query[M];
@@ -327,6 +351,7 @@ static void attend_heads(const float* q, const float* k, const float* v, const f
     for (int m = 0; m < M; m++) {
         for (int64_t c = 0; c < wide; c++) p[m][c] = c < t && seen[c] ? p[m][c] : -INFINITY;
         const float sink = sinks[m * s];
+        if (scores) std::memcpy(scores + m * apart, p[m], 4 * t);
         float largest = sink;
         for (int64_t c = 0; c < t; c++) largest = p[m][c] > largest ? p[m][c] : largest;
         Vec part = {};
@@ -337,6 +362,7 @@ static void attend_heads(const float* q, const float* k, const float* v, const f
         }
         const float total = sum(part) + exp(sink - largest);
         for (int64_t c = 0; c < t; c++) p[m][c] /= total;
+        if (pattern) std::memcpy(pattern + m * apart, p[m], 4 * t);
         mass[m * s] = exp(sink - largest) / total;
     }
     for (int64_t i = 0; i < h; i += LANES) {
@@ -356,12 +382,20 @@ extern "C" {
 void linear(const float* x, const float* w, const float* bias, float* y, int64_t n, int64_t in, int64_t out, int64_t threads) {
     std::vector<std::vector<int64_t>> rows(1);
     for (int64_t i = 0; i < n; i++) rows[0].push_back(i);
-    product(rows, x, w, bias, y, in, out, threads);
+    product(rows, x, w, bias, y, in, out, 1, threads);
 }
 
-// sqrt(mean(x^2) + eps).   x [n d] -> y [n]
-void rms(const float* x, float* y, int64_t n, int64_t d, float eps, int64_t) {
-    for (int64_t i = 0; i < n; i++) y[i] = std::sqrt(dot(x + i * d, x + i * d, d) / d + eps);
+// x / rms(x) * weight.   x [n d], weight [d] -> y [n d]; the rms [n] and x / rms [n d], or null
+void norm(const float* x, const float* weight, float* y, float* rms, float* normalized, int64_t n, int64_t d, float eps, int64_t) {
+    for (int64_t i = 0; i < n * d; i += d) {
+        const float scale = std::sqrt(dot(x + i, x + i, d) / d + eps);
+        if (rms) rms[i / d] = scale;
+        for (int64_t c = i; c < i + d; c++) {
+            const float part = x[c] / scale;
+            if (normalized) normalized[c] = part;
+            y[c] = part * weight[c - i];
+        }
+    }
 }
 
 // Pairs (x[i], x[i + h/2]) turned.   x [b s H h] with strides for b and s, cos and sin [s h/2] with one for b -> y [b s H h]
@@ -383,27 +417,39 @@ void rotate(const float* x, const float* cos, const float* sin, float* y, int64_
         }
 }
 
-// Attention with a sink.   q [b s H h], k and v [b t K h] with strides for b and t, sinks [b H s], visible [b or 1 s t]
-// with a stride for b -> z [b s H h], mass [b H s]
-void attend(const float* q, const float* k, const float* v, const float* sinks, const uint8_t* visible, float* z, float* mass,
-            int64_t b, int64_t s, int64_t t, int64_t H, int64_t K, int64_t h, int64_t k_b, int64_t k_t, int64_t v_b, int64_t v_t,
-            int64_t visible_b, int64_t threads) {
+// Attention with a sink: a query reads keys at most `window` - 1 positions before its own. Padding has position -1 as a key, and
+// reads itself.   q [b s H h], k and v [b t K h] with strides for b and t, sinks [b H s], positions query [b or 1, s] and
+// key [b or 1, t] with strides for b -> z [b s H h], mass [b H s]; scores and pattern [b H s t], or null
+void attend(const float* q, const float* k, const float* v, const float* sinks, const int64_t* query, const int64_t* key, float* z,
+            float* mass, float* scores, float* pattern, int64_t b, int64_t s, int64_t t, int64_t H, int64_t K, int64_t h, int64_t k_b,
+            int64_t k_t, int64_t v_b, int64_t v_t, int64_t query_b, int64_t key_b, int64_t window, int64_t threads) {
     const int64_t group = H / K;
 #pragma omp parallel for num_threads(threads) schedule(static) collapse(3) if (threads > 1)
     for (int64_t row = 0; row < b; row++)
         for (int64_t kv = 0; kv < K; kv++)
             for (int64_t at = 0; at < s; at++) {
-                const uint8_t* seen = visible + row * visible_b + at * t;
+                const int64_t own = t - s + at, mine = query[row * query_b + at];
+                const int64_t* its = key + row * key_b;
+                std::vector<uint8_t> seen(t);
+                for (int64_t c = 0; c < t; c++) seen[c] = its[c] >= 0 && its[c] <= mine && mine - its[c] < window;
+                seen[own] = 1;
                 int64_t first = 0, end = t;
-                while (end > 1 && !seen[end - 1]) end--;
-                while (first < end - 1 && !seen[first]) first++;
+                while (!seen[first]) first++;
+                while (!seen[end - 1]) end--;
                 std::vector<float> room;
                 for (int64_t g = 0; g < group;) {
-                    const int64_t head = kv * group + g, mine = ((row * s + at) * H + head) * h, its = (row * H + head) * s + at;
-                    const auto some = group - g >= 4 ? attend_heads<4> : group - g >= 2 ? attend_heads<2> : attend_heads<1>;
-                    some(q + mine, k + row * k_b + first * k_t + kv * h, v + row * v_b + first * v_t + kv * h, sinks + its,
-                         seen + first, z + mine, mass + its, s, end - first, h, k_t, v_t, room);
-                    g += group - g >= 4 ? 4 : group - g >= 2 ? 2 : 1;
+                    const int64_t heads = group - g >= 4 ? 4 : group - g >= 2 ? 2 : 1, head = kv * group + g;
+                    const int64_t vector = ((row * s + at) * H + head) * h, number = (row * H + head) * s + at;
+                    float *score = scores ? scores + number * t : nullptr, *probability = pattern ? pattern + number * t : nullptr;
+                    for (int64_t m = 0; m < heads; m++) {  // what is not seen stays so
+                        if (scores) std::fill_n(score + m * s * t, t, -INFINITY);
+                        if (pattern) std::fill_n(probability + m * s * t, t, 0.f);
+                    }
+                    const auto some = heads == 4 ? attend_heads<4> : heads == 2 ? attend_heads<2> : attend_heads<1>;
+                    some(q + vector, k + row * k_b + first * k_t + kv * h, v + row * v_b + first * v_t + kv * h, sinks + number,
+                         seen.data() + first, z + vector, mass + number, scores ? score + first : nullptr,
+                         pattern ? probability + first : nullptr, s * t, s, end - first, h, k_t, v_t, room);
+                    g += heads;
                 }
             }
 }
@@ -420,33 +466,72 @@ void top(const float* x, int64_t* place, int64_t n, int64_t E, int64_t k, int64_
         }
 }
 
-// gate * sigmoid(alpha gate) * (linear + 1), clamped.   x [n 2f]: gate 0, linear 0, gate 1, ... -> y [n f]
-void swiglu(const float* x, float* y, int64_t n, int64_t f, float limit, float alpha, int64_t threads) {
+// gate * sigmoid(alpha gate) * (linear + 1), clamped.   x [n 2f]: gate 0, linear 0, gate 1, ... -> y [n f]. Of what else is not null,
+// row place[i] (or i, without places) gets what row i came from, and what it is.
+void swiglu(const float* x, float* y, const int64_t* place, float* gates, float* linears, float* clamped_gates,
+            float* clamped_linears, float* out, int64_t n, int64_t f, float limit, float alpha, int64_t threads) {
 #pragma omp parallel for num_threads(threads) schedule(static) if (threads > 1)
     for (int64_t row = 0; row < n; row++)
         for (int64_t at = 0; at < f; at += LANES) {
-            const int64_t m = f - at < LANES ? f - at : LANES;
+            const int64_t m = f - at < LANES ? f - at : LANES, to = (place ? place[row] : row) * f + at;
             const float* pairs = x + (row * f + at) * 2;
-            float gates[LANES] = {}, linears[LANES] = {};
-            if (m == LANES) for (int i = 0; i < LANES; i++) gates[i] = pairs[2 * i], linears[i] = pairs[2 * i + 1];
-            else for (int i = 0; i < m; i++) gates[i] = pairs[2 * i], linears[i] = pairs[2 * i + 1];
-            Vec gate = load(gates), linear = load(linears);
-            gate = gate > limit ? Vec{} + limit : gate;
-            linear = linear > limit ? Vec{} + limit : linear < -limit ? Vec{} - limit : linear;
-            const Vec out = gate / (1 + exp(-alpha * gate)) * (linear + 1);
-            std::memcpy(y + row * f + at, &out, 4 * m);
+            float two[2][LANES] = {};
+            if (m == LANES) for (int i = 0; i < LANES; i++) two[0][i] = pairs[2 * i], two[1][i] = pairs[2 * i + 1];
+            else for (int i = 0; i < m; i++) two[0][i] = pairs[2 * i], two[1][i] = pairs[2 * i + 1];
+            const Vec gate = load(two[0]), linear = load(two[1]), low = gate > limit ? Vec{} + limit : gate;
+            const Vec held = linear > limit ? Vec{} + limit : linear < -limit ? Vec{} - limit : linear;
+            const Vec post = low / (1 + exp(-alpha * low)) * (held + 1);
+            if (m == LANES) {
+                store(y + row * f + at, post);
+                if (gates) store(gates + to, gate);
+                if (linears) store(linears + to, linear);
+                if (clamped_gates) store(clamped_gates + to, low);
+                if (clamped_linears) store(clamped_linears + to, held);
+                if (out) store(out + to, post);
+                continue;
+            }
+            std::memcpy(y + row * f + at, &post, 4 * m);
+            if (gates) std::memcpy(gates + to, &gate, 4 * m);
+            if (linears) std::memcpy(linears + to, &linear, 4 * m);
+            if (clamped_gates) std::memcpy(clamped_gates + to, &low, 4 * m);
+            if (clamped_linears) std::memcpy(clamped_linears + to, &held, 4 * m);
+            if (out) std::memcpy(out + to, &post, 4 * m);
         }
 }
 
-// Row i through experts[i].   x [n in], experts [n], w [E out in], bias [E out] -> y [n out]; 0: there is no such expert
-int64_t expert_rows(const float* x, const int64_t* experts, const float* w, const float* bias, float* y, int64_t n, int64_t E,
-                    int64_t in, int64_t out, int64_t threads) {
+// Expert outputs, slot place[i] of n k slots each: added to their tokens by their weights, and handed out.
+// y [m d], weights [n k] -> added to out [n d]; outs [n k d], or null
+void add_rows(const float* y, const int64_t* place, const float* weights, float* out, float* outs, int64_t m, int64_t k, int64_t d, int64_t) {
+    for (int64_t i = 0; i < m; i++, y += d) {
+        const float weight = weights[place[i]];
+        float* to = out + place[i] / k * d;
+        for (int64_t c = 0; c < d; c++) to[c] += weight * y[c];
+        if (outs) std::memcpy(outs + place[i] * d, y, 4 * d);
+    }
+}
+
+// The chosen experts of a few tokens, weighted and added.   x [n d], experts and weights [n k], w_up [E 2f d], b_up [E 2f],
+// w_down [E d f], b_down [E d] -> y [n d]; what `swiglu` hands out [n k f], and each expert's output [n k d], or null.
+// 0: there is no such expert
+int64_t mix(const float* x, const int64_t* experts, const float* weights, const float* w_up, const float* b_up, const float* w_down,
+            const float* b_down, float* y, float* gates, float* linears, float* clamped_gates, float* clamped_linears, float* post,
+            float* outs, int64_t n, int64_t k, int64_t E, int64_t d, int64_t f, float limit, float alpha, int64_t threads) {
     std::vector<std::vector<int64_t>> rows(E);
-    for (int64_t i = 0; i < n; i++) {
+    for (int64_t i = 0; i < n * k; i++) {
         if (experts[i] < 0 || experts[i] >= E) return 0;
         rows[experts[i]].push_back(i);
     }
-    product(rows, x, w, bias, y, in, out, threads);
+    const std::unique_ptr<float[]> room(new float[n * k * (3 * f + d)]);
+    float *up = room.get(), *active = up + n * k * 2 * f, *down = outs ? outs : active + n * k * f;
+    product(rows, x, w_up, b_up, up, d, 2 * f, k, threads);
+    swiglu(up, active, nullptr, gates, linears, clamped_gates, clamped_linears, post, n * k, f, limit, alpha, threads);
+    product(rows, active, w_down, b_down, down, f, d, 1, threads);
+    for (int64_t token = 0; token < n; token++)
+        for (int64_t at = 0; at < d; at++) {
+            float total = 0;
+            for (int64_t i = token * k; i < (token + 1) * k; i++) total += weights[i] * down[i * d + at];
+            y[token * d + at] = total;
+        }
     return 1;
 }
 }

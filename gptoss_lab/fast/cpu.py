@@ -146,19 +146,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return y
 
 
-def expert_rows(x: Tensor, experts: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Row n through experts[n].   x [n in], experts [n], weight [E out in], bias [E out] -> [n out]"""
-    (n, d_in), (n_experts, d_out) = x.shape, bias.shape
-    y = x.new_empty(n, d_out)
-    if not _call("expert_rows", x, experts, weight, bias, y, n, n_experts, d_in, d_out):
-        raise IndexError(f"experts {experts.min()} to {experts.max()} are asked for, there are 0 to {n_experts - 1}")
-    return y
-
-
-def rms(x: Tensor, eps: float) -> Tensor:
-    """sqrt(mean(x^2) + eps).   [.. d] -> [.. 1]"""
-    y = x.new_empty(*x.shape[:-1], 1)
-    _call("rms", x, y, y.numel(), x.shape[-1], eps)
+def norm(x: Tensor, weight: Tensor, eps: float, rms: Tensor | None = None, normalized: Tensor | None = None) -> Tensor:
+    """x / rms(x) * weight; rms [.. 1] and x / rms [.. d] are filled where they are given.   [.. d] -> [.. d]"""
+    y = x.new_empty(x.shape)
+    _call("norm", x, weight, y, rms, normalized, x.numel() // x.shape[-1], x.shape[-1], eps)
     return y
 
 
@@ -169,12 +160,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return y
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """q [b s H h], k and v [b t K h], sinks [b H s], visible [b or 1, 1, s, t] -> z [b s H h], sink_mass [b H s]"""
+def attend(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, query: Tensor, key: Tensor, window: int | None,
+           scores: Tensor | None = None, pattern: Tensor | None = None) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Attention with a sink, by the positions of kv_cache.Visible; scores and pattern are filled where they are given.
+
+    q [b s H h], k and v [b t K h], sinks [b H s], query [s] or [b s], key [t] or [b t], scores and pattern [b H s t]
+    -> z [b s H h], sink_mass [b H s]
+    """
     (b, s, n_heads, h), (t, n_kv_heads) = q.shape, k.shape[1:3]
     z, sink_mass = q.new_empty(q.shape), q.new_empty(b, n_heads, s)
-    _call("attend", q, k, v, sinks, visible, z, sink_mass, b, s, t, n_heads, n_kv_heads, h, k.stride(0), k.stride(1),
-          v.stride(0), v.stride(1), s * t if len(visible) > 1 else 0)  # fmt: skip
+    rows = [s if query.dim() == 2 else 0, t if key.dim() == 2 else 0]
+    _call("attend", q, k, v, sinks, query, key, z, sink_mass, scores, pattern, b, s, t, n_heads, n_kv_heads, h,
+          *k.stride()[:2], *v.stride()[:2], *rows, 2**62 if window is None else window)  # fmt: skip
     return z, sink_mass
 
 
@@ -185,9 +182,33 @@ def top(x: Tensor, k: int) -> Tensor:
     return places
 
 
-def swiglu(x: Tensor, limit: float, alpha: float) -> Tensor:
-    """fast.swiglu.   [n 2f] -> [n f]"""
+def swiglu(x: Tensor, limit: float, alpha: float, place: Tensor | None = None, parts=(None,) * 5) -> Tensor:
+    """fast.swiglu. In `parts`, ordered as MoE.inner_points, row place[i] becomes what row i came from, and what it is.
+
+    x [n 2f], place [n], parts [* f] -> [n f]
+    """
     n, width = x.shape
     y = x.new_empty(n, width // 2)
-    _call("swiglu", x, y, n, width // 2, float(limit), float(alpha))
+    _call("swiglu", x, y, place, *parts, n, width // 2, float(limit), float(alpha))
+    return y
+
+
+def add_rows(y: Tensor, place: Tensor, weights: Tensor, out: Tensor, outs: Tensor | None) -> None:
+    """Row place[i] // k of out grows by weights.flatten()[place[i]] * y[i]; row place[i] of outs becomes y[i].
+
+    y [m d], place [m], weights [n k], out [n d], outs [n k d]
+    """
+    _call("add_rows", y, place, weights, out, outs, *place.shape, weights.shape[-1], y.shape[-1])
+
+
+def mix(moe, x: Tensor, experts: Tensor, weights: Tensor, parts=(None,) * 6) -> Tensor:
+    """fast.mix. `parts`, in the order of MoE.inner_points, are filled where they are given.
+
+    x [b s d], experts and weights [b s k], parts [b s k f], the last [b s k d] -> [b s d]
+    """
+    k, (n_experts, d, f), c, y = experts.shape[-1], moe.down.weight.shape, moe.config, x.new_empty(x.shape)
+    up, down = moe.gate_up, moe.down
+    if not _call("mix", x, experts, weights, up.weight, up.bias, down.weight, down.bias, y, *parts, x.numel() // d, k,
+                 n_experts, d, f, float(c.swiglu_limit), float(c.swiglu_alpha)):  # fmt: skip
+        raise IndexError(f"experts {experts.min()} to {experts.max()} are asked for, there are 0 to {n_experts - 1}")
     return y

@@ -11,7 +11,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from ...hooks import Activations, HookPoint, Read
+from ...hooks import Read, pytorch_hooks
 from ...kv_cache import KVCache
 from .. import INSIDE, gpu
 
@@ -45,7 +45,7 @@ def serves(model, kept: KVCache) -> bool:
         return False
     if not (gpu.reaches(table) or table.is_pinned()) or kept.batch > most_rows(weight):
         return False
-    if any(m._forward_hooks or m._forward_pre_hooks for m in model.modules()):
+    if any(map(pytorch_hooks, model.modules())):
         return False
     inside = {*INSIDE, "result", *moe.inner_points}
     heard = [(name, one) for m in model.modules() for name, several in getattr(m, "listeners", {}).items()
@@ -156,13 +156,12 @@ class Step:
 
     def heard_the_same(self) -> bool:
         """Are the listeners still those for which this step was made?"""
-        others = any(m._forward_hooks or m._forward_pre_hooks for m in self.modules)  # PyTorch's own
-        return self.model.changes == self.changes and not others
+        return self.model.changes == self.changes and not any(map(pytorch_hooks, self.modules))
 
     def _run(self) -> None:
         """A forward pass in which values are collected instead of told to those who listen."""
-        kept: list[tuple[HookPoint, tuple, Tensor]] = []
-        collect = lambda several: Read(lambda point, x: kept.append((point, several, x)) or x, several[0].point)
+        kept: list[tuple[tuple, Tensor]] = []
+        collect = lambda several: Read(lambda point, x: kept.append((several, x)) or x, several[0].point)
         before = {module: module.listeners for module, _, _ in self.heard}
         try:
             for module, listeners in before.items():
@@ -173,9 +172,9 @@ class Step:
                 module.listeners = listeners
         # One buffer a dtype, so that a call copies each of them once, however much is listened to.
         self.told = []
-        for dtype in dict.fromkeys(x.dtype for *_, x in kept):
-            some = [one for one in kept if one[-1].dtype == dtype]
-            self.told.append((torch.cat([x.flatten() for *_, x in some]), [(p, who, x.shape) for p, who, x in some]))
+        for dtype in dict.fromkeys(x.dtype for _, x in kept):
+            some = [one for one in kept if one[1].dtype == dtype]
+            self.told.append((torch.cat([x.flatten() for _, x in some]), [(who, x.shape) for who, x in some]))
 
     def __call__(self, tokens: Tensor) -> Tensor:
         if self.length >= self.capacity:
@@ -186,15 +185,10 @@ class Step:
         self.replay()
         self.length += 1
         for buffer, values in self.told:
-            parts = buffer.clone().split([shape.numel() for *_, shape in values])
-            for (point, listeners, shape), x in zip(values, parts, strict=True):
-                x = x.view(shape)
+            parts = buffer.clone().split([shape.numel() for _, shape in values])
+            for (listeners, shape), x in zip(values, parts, strict=True):
                 for listener in listeners:
-                    acts = getattr(listener.keep, "__self__", None)
-                    if type(acts) is Activations and acts.takes_all(x.device):
-                        acts.take(point, x)  # the clone is its own already
-                    else:
-                        listener(x)
+                    listener.give(x.view(shape))
         return self.logits
 
     def close(self) -> None:

@@ -1,0 +1,85 @@
+"""Room for large recorded values: each is its own while it lives, and serves another when it is gone."""
+import gc
+import resource
+
+import pytest
+import torch
+from models import random_model, random_tokens, tiny_config
+
+from gptoss_lab import memory, record
+
+pytestmark = pytest.mark.skipif(not hasattr(memory.mmap, "MADV_HUGEPAGE"), reason="only Linux has large pages to ask for")
+
+
+@pytest.fixture(autouse=True)
+def nothing_kept(monkeypatch):
+    gc.collect()
+    monkeypatch.setattr(memory, "_unused", {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int64])
+@pytest.mark.parametrize("shape", [(1, 3), (7, 100_003), (3, 5, 333_333)])
+def test_it_is_a_tensor_as_any_other(shape, dtype):
+    x = memory.room(torch.zeros(1, dtype=dtype), shape)
+    assert x.shape == shape and x.dtype == dtype and x.is_contiguous() and x._base is None
+    assert x.untyped_storage().nbytes() == x.nbytes and x.data_ptr() % 64 == 0
+    x.fill_(3).view(-1)[1] = 4
+    assert x.double().sum() == 3 * x.numel() + 1
+    copy = memory.copied(x.mT)
+    assert torch.equal(copy, x.mT) and copy.is_contiguous()
+
+
+def test_what_is_gone_serves_the_next_and_what_lives_nobody_else():
+    like, shape = torch.zeros(()), (2, 2**18)
+    first, second = memory.room(like, shape), memory.room(like, shape)
+    places = {first.data_ptr(), second.data_ptr()}
+    assert len(places) == 2 and not memory._unused
+    part = first[1, 5:]  # keeps the whole
+    del first
+    third = memory.room(like, shape)
+    assert third.data_ptr() not in places
+    del part, second
+    assert {memory.room(like, shape).data_ptr(), third.data_ptr()} - places == {third.data_ptr()}
+    kept = [memory.room(like, (2, 2**18 - 1000)) for _ in range(2)]  # nearly as many
+    assert {x.data_ptr() for x in kept} == places
+
+
+def test_no_more_is_kept_than_said(monkeypatch):
+    monkeypatch.setattr(memory, "KEPT", 5 * 2**20)
+    several = [memory.room(torch.zeros(()), (2**19,)) for _ in range(4)]  # of 2 MiB
+    del several
+    assert [len(some) for some in memory._unused.values()] == [2]
+
+
+@pytest.mark.parametrize("n", [2**18, 2**18 + 1, 10**6, 2**23 - 5, 10**9 + 7])
+def test_sizes_are_rounded_by_a_quarter_at_most(n):
+    assert n <= memory._rounded(n) <= 1.25 * n and memory._rounded(memory._rounded(n)) == memory._rounded(n)
+
+
+def test_without_address_space_pytorch_says_so(monkeypatch):
+    def fail(*given, **named):
+        raise OSError("Cannot allocate memory")
+
+    monkeypatch.setattr(memory.mmap, "mmap", fail)
+    assert memory.room(torch.zeros(()), (2**20,)).shape == (2**20,)
+
+
+@torch.no_grad()
+def test_recording_again_and_again_takes_no_new_memory_and_changes_nothing_recorded():
+    model, tokens = random_model(tiny_config(n_ctx=512), dtype=torch.float32), random_tokens(tiny_config(), 4, 400)
+    runs = []
+    for seed in range(3):
+        with record(model, "*") as acts:
+            model(tokens.roll(seed, 1))
+        runs.append((acts, {name: x.clone() for name, x in acts.items()}))
+    for acts, copies in runs:
+        assert all(torch.equal(x, copies[name]) for name, x in acts.items())
+        assert len({x.data_ptr() for x in acts.values()}) == len(acts)
+    del runs, acts, copies
+    before = None
+    for turn in range(12):
+        with record(model, "*"):
+            model(tokens)
+        if turn == 4:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 * 1024  # KiB
