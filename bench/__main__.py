@@ -22,8 +22,8 @@ HEAP = {"MALLOC_TRIM_THRESHOLD_": str(2**30), "MALLOC_MMAP_THRESHOLD_": str(2**2
 
 def with_a_steady_heap() -> None:
     """Start this program again, if need be, in an environment in which freed memory stays with the process."""
-    if not HEAP.items() <= os.environ.items():
-        os.execve(sys.executable, [sys.executable, "-m", "bench", *sys.argv[1:]], os.environ | HEAP)
+    if not HEAP.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], HEAP | os.environ)
 
 
 def main() -> None:

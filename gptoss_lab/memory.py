@@ -42,8 +42,13 @@ KEPT = 2**28  # bytes of recorded values that are gone, kept for the next ones
 _unused: dict[int, list[mmap.mmap]] = {}
 
 
+def followed() -> bool:
+    """Does a compiler, or a transform of torch.func, follow the operations?"""
+    return torch.compiler.is_compiling() or torch._C._functorch.peek_interpreter_stack() is not None
+
+
 def large(x: Tensor) -> bool:
-    return x.nbytes >= SMALL and x.is_cpu and not torch.compiler.is_compiling()
+    return x.nbytes >= SMALL and x.is_cpu and not followed()
 
 
 def room(like: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -54,18 +59,18 @@ def room(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     and begins as pages of 2 MiB where the system has them.
     """
     n = like.itemsize * math.prod(shape)
-    if n < SMALL or not like.is_cpu or type(like) is not Tensor or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if n < SMALL or not like.is_cpu or type(like) is not Tensor or followed() or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(shape)
     size = _rounded(n)
     try:
-        memory = (_unused.get(size) or [_mapped(size)]).pop()
+        memory = _taken(size)
     except OSError:  # no room: PyTorch says so in its own words
         return like.new_empty(shape)
     whole = np.frombuffer(memory, np.uint8)
-    begin = -whole.ctypes.data % PAGE
+    begin = -whole.ctypes.data % PAGE if size >= PAGE else 0
     mine = whole[begin : begin + n]
     weakref.finalize(mine, _give_back, memory, size).atexit = False
-    return torch.empty(0, dtype=like.dtype).set_(torch.from_numpy(mine).untyped_storage(), 0, shape)
+    return torch.empty(0, dtype=like.dtype, device="cpu").set_(torch.from_numpy(mine).untyped_storage(), 0, shape)
 
 
 def copied(x: Tensor) -> Tensor:
@@ -73,11 +78,18 @@ def copied(x: Tensor) -> Tensor:
     return room(x, x.shape).copy_(x) if large(x) else x.clone(memory_format=torch.contiguous_format)
 
 
-def _mapped(size: int) -> mmap.mmap:
-    memory = mmap.mmap(-1, size + PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    if size >= PAGE:
-        with suppress(OSError):  # a system without large pages
-            memory.madvise(mmap.MADV_HUGEPAGE)
+def _taken(size: int) -> mmap.mmap:
+    try:
+        return _unused[size].pop()
+    except (KeyError, IndexError):
+        pass
+    private = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+    if size < PAGE:
+        return mmap.mmap(-1, size, flags=private)
+    memory = mmap.mmap(-1, size + PAGE, flags=private)
+    begin = -np.frombuffer(memory, np.uint8).ctypes.data % PAGE
+    with suppress(OSError):  # a system without large pages
+        memory.madvise(mmap.MADV_HUGEPAGE, begin, size // PAGE * PAGE)  # the rest would take a whole one
     return memory
 
 
@@ -88,5 +100,11 @@ def _rounded(n: int) -> int:
 
 
 def _give_back(memory: mmap.mmap, size: int) -> None:
-    if size + sum(n * len(several) for n, several in _unused.items()) <= KEPT:
-        _unused.setdefault(size, []).append(memory)
+    """Keep it; what goes beyond `KEPT` goes back to the system, other sizes first. Other threads may do the same."""
+    _unused.setdefault(size, []).append(memory)
+    for other in sorted(list(_unused), key=size.__eq__):
+        while sum(n * len(several) for n, several in list(_unused.items())) > KEPT:
+            try:
+                _unused[other].pop(0)
+            except IndexError:
+                break

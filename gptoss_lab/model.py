@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from . import fast, mxfp4
 from .config import Config
@@ -206,9 +207,9 @@ class MoE(Hooked):
 
     @property
     def as_built(self) -> bool:
-        """Are both layers Experts that nobody hooked?"""
-        layers = self.gate_up, self.down
-        return all(type(layer) is Experts and not pytorch_hooks(layer) for layer in layers)
+        """Are both layers Experts that nobody hooked or patched?"""
+        untouched = lambda layer: type(layer) is Experts and not pytorch_hooks(layer) and "forward" not in vars(layer)
+        return untouched(self.gate_up) and untouched(self.down) and not _has_any_global_hook()
 
     def mix(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """x [b s d], indices and weights [b s k] -> [b s d]"""

@@ -201,12 +201,12 @@ def test_a_wrong_part_is_told_before_anything_is_timed(given, said, monkeypatch,
 def test_it_starts_again_with_a_heap_that_keeps_what_is_freed(monkeypatch):
     started = []
     monkeypatch.setattr(__main__.os, "execve", lambda *given: started.append(given))
-    monkeypatch.setattr("sys.argv", ["bench", "forward", "--rounds", "3"])
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-X", "dev", "-m", "bench", "forward"])
     for name in __main__.HEAP:
         monkeypatch.delenv(name, raising=False)
     __main__.with_a_steady_heap()
     (program, arguments, environment), = started
-    assert arguments == [program, "-m", "bench", "forward", "--rounds", "3"] and environment.items() >= __main__.HEAP.items()
+    assert arguments == [program, "-X", "dev", "-m", "bench", "forward"] and environment.items() >= __main__.HEAP.items()
     for name, value in __main__.HEAP.items():
         monkeypatch.setenv(name, value)
     __main__.with_a_steady_heap()

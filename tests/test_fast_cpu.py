@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 import torch.utils.flop_counter
 from models import one_thread, random_model, random_tokens, tiny_config  # noqa: F401
+from torch import nn
 
 from gptoss_lab import KVCache, edit, fast, generate, model, mxfp4, record, rope
 from gptoss_lab.fast import cpu
@@ -328,11 +329,33 @@ def test_reading_every_value_changes_no_bit_of_the_logits_and_gives_the_numbers_
 
 @needs_compiler
 @torch.no_grad()
+@pytest.mark.parametrize("length", [3, 120])
+def test_weights_that_are_views_of_others_are_read_as_they_are(length):
+    lab, tokens = random_model(tiny_config(), dtype=torch.float32), random_tokens(tiny_config(), 1, length)
+    expected = lab(tokens)
+    for weight in lab.parameters():
+        weight.data = torch.stack([weight.data, torch.full_like(weight.data, torch.nan)], -1)[..., 0]
+    assert not any(weight.is_contiguous() for weight in lab.parameters())
+    torch.testing.assert_close(lab(tokens), expected, atol=1e-4, rtol=0)
+    torch.testing.assert_close(lab.run_with_cache(tokens, "*")[0], expected, atol=1e-4, rtol=0)
+
+
+@needs_compiler
+@torch.no_grad()
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", [3, 120])
-def test_experts_that_somebody_hooked_are_called_whatever_the_way(packed, length):
+def test_experts_that_somebody_hooked_or_patched_are_called_whatever_the_way(packed, length):
     lab, tokens, called = random_model(tiny_config(), dtype=torch.float32, packed=packed), random_tokens(tiny_config(), 1, length), []
     expected = lab(tokens)
+    down = lab.blocks[2].mlp.down
+    down.forward = lambda x, experts: type(down).forward(down, x, experts) * 0
+    assert not lab.run_with_cache(tokens, ("expert_out", 2))[1]["expert_out", 2].any()
+    del down.forward
+    handle = nn.modules.module.register_module_forward_hook(lambda layer, *given: called.append(layer))
+    lab(tokens)
+    assert sum(type(layer) is model.Experts for layer in called) == 2 * len(lab.blocks)
+    handle.remove()
+    called.clear()
     for part in ("gate_up", "down"):
         handle = lab.blocks[1].mlp.get_submodule(part).register_forward_hook(lambda *given: called.append(given))
         torch.testing.assert_close(lab(tokens), expected, atol=1e-4, rtol=0)

@@ -2,6 +2,7 @@
 import functools
 import gc
 import math
+import pickle
 import weakref
 from contextlib import ExitStack, contextmanager
 from html.parser import HTMLParser
@@ -10,7 +11,7 @@ import pytest
 import torch
 from models import one_thread, random_model, random_tokens, tiny_config  # noqa: F401
 
-from gptoss_lab import KVCache, cost, edit, fast, record
+from gptoss_lab import GptOss, KVCache, cost, edit, fast, record
 from gptoss_lab.hooks import DEFAULT, POINTS
 
 CONFIG = tiny_config(n_layers=2)
@@ -937,3 +938,61 @@ def test_without_gradients_a_record_keeps_no_graph():
     with torch.inference_mode(), record(model(), "*") as acts:
         model()(TOKENS)
     assert len(acts) == len(NAMES)
+
+
+class Wrapped(torch.nn.Module):
+    """As torch.compile and others wrap a part: what it has not, the part has."""
+
+    def __init__(self, part):
+        super().__init__()
+        self.part = part
+
+    def forward(self, *given):
+        return self.part(*given)
+
+    def __getattr__(self, name):
+        return super().__getattr__(name) if name == "part" else getattr(self.part, name)
+
+    def __setattr__(self, name, value):
+        return super().__setattr__(name, value) if name in ("part", "training") else setattr(self.part, name, value)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("path", ["blocks.1", "blocks.1.attn", "blocks.1.mlp", "ln_final"])
+@pytest.mark.parametrize("wrap", [Wrapped, functools.partial(torch.compile, backend="eager")])
+def test_a_part_that_somebody_wrapped_is_heard_and_edited(path, wrap):
+    lab, names = model(), [("resid_post", 1), ("z", 1), ("post", 1), "ln_final.hook_out", ("resid_pre", 0)]
+    fresh = GptOss(lab.config).double()
+    fresh.load_state_dict(lab.state_dict())
+    parent, _, leaf = path.rpartition(".")
+    with record(lab, *names) as expected:
+        lab(TOKENS)
+    holder, part = fresh.get_submodule(parent), wrap(fresh.get_submodule(path))
+    if leaf.isdigit():
+        holder[int(leaf)] = part
+    else:
+        setattr(holder, leaf, part)
+    with record(fresh, *names) as acts:
+        logits = fresh(TOKENS)
+    assert all(torch.allclose(acts[name], x) for name, x in expected.items())
+    for name in expected:
+        with edit(fresh, {name: lambda x: -2 * x}):
+            assert not torch.allclose(fresh(TOKENS), logits), name
+    assert torch.allclose(fresh(TOKENS), logits)
+
+
+def test_what_was_recorded_can_be_pickled():
+    _, acts = model().run_with_cache(TOKENS)
+    again = pickle.loads(pickle.dumps(acts))
+    assert list(again) == list(acts) and all(torch.equal(again[name], x) for name, x in acts.items())
+
+
+def test_a_device_that_fails_while_a_value_goes_there_leaves_no_trace(monkeypatch):
+    with record(model(), "*.hook_resid_post", device="meta") as acts:
+        monkeypatch.setattr(torch.Tensor, "to", lambda *given, **named: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            model()(TOKENS)
+        monkeypatch.undo()
+    assert len(acts) == 0
+    with pytest.raises(KeyError, match="has not fired"):
+        acts["resid_post", 0]

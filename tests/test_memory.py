@@ -6,7 +6,7 @@ import pytest
 import torch
 from models import random_model, random_tokens, tiny_config
 
-from gptoss_lab import memory, record
+from gptoss_lab import edit, memory, record
 
 pytestmark = pytest.mark.skipif(not hasattr(memory.mmap, "MADV_HUGEPAGE"), reason="only Linux has large pages to ask for")
 
@@ -51,6 +51,29 @@ def test_no_more_is_kept_than_said(monkeypatch):
     assert [len(some) for some in memory._unused.values()] == [2]
 
 
+def test_a_size_that_is_no_longer_asked_for_makes_way(monkeypatch):
+    monkeypatch.setattr(memory, "KEPT", 16 * 2**20)
+    old = [memory.room(torch.zeros(()), (2**19,)) for _ in range(8)]
+    del old
+    for _ in range(3):
+        new = memory.room(torch.zeros(()), (2**21,))  # of 8 MiB
+        place = new.data_ptr()
+        del new
+    assert memory.room(torch.zeros(()), (2**21,)).data_ptr() == place
+    assert sum(size * len(some) for size, some in memory._unused.items()) <= memory.KEPT
+
+
+def test_it_takes_what_is_counted_and_little_address_space():
+    def resident():
+        return int(open("/proc/self/statm").read().split()[1]) * resource.getpagesize()
+
+    before, mapped = resident(), int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+    values = [memory.room(torch.zeros(()), (n,)).fill_(1) for n in [655_360] * 40 + [65_536] * 100]  # 2.5 MiB, 256 KiB
+    need = sum(x.nbytes for x in values)
+    assert resident() - before < 1.25 * need
+    assert int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize() - mapped < 2 * need
+
+
 @pytest.mark.parametrize("n", [2**18, 2**18 + 1, 10**6, 2**23 - 5, 10**9 + 7])
 def test_sizes_are_rounded_by_a_quarter_at_most(n):
     assert n <= memory._rounded(n) <= 1.25 * n and memory._rounded(memory._rounded(n)) == memory._rounded(n)
@@ -83,3 +106,21 @@ def test_recording_again_and_again_takes_no_new_memory_and_changes_nothing_recor
         if turn == 4:
             before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 8 * 1024  # KiB
+
+
+def test_under_a_transform_and_with_another_default_device_it_is_a_tensor_as_any_other():
+    model, tokens = random_model(tiny_config(n_ctx=512), dtype=torch.float32), random_tokens(tiny_config(), 4, 400)
+    model.requires_grad_(False)
+
+    def loss(d):
+        with edit(model, {("resid_pre", 1): lambda x: x + d}), record(model, "*") as acts:
+            model(tokens)
+        return acts["resid_post", 2].square().mean()
+
+    assert torch.func.grad(loss)(torch.zeros(32)).abs().sum() > 0
+    torch.set_default_device("meta")
+    try:
+        x = memory.copied(torch.ones(2**20, device="cpu"))
+    finally:
+        torch.set_default_device(None)
+    assert x.device.type == "cpu" and x.sum() == 2**20

@@ -6,7 +6,7 @@ from torch.nn import Parameter
 
 from .. import rope
 from ..kv_cache import Visible
-from ..memory import room
+from ..memory import followed, room
 from . import cpu, gpu
 
 # ------------------------------------------------------------------------------------------ what is made inside
@@ -14,7 +14,8 @@ from . import cpu, gpu
 
 def made_for(module, x: Tensor, shapes: list[tuple]) -> list[Tensor | None]:
     """Room for each of the module's inner points that somebody reads, for C++ to fill."""
-    return [room(x, shape) if module.heard(name) else None for name, shape in zip(module.inner_points, shapes)]
+    heard = module.listeners
+    return [room(x, shape) if name in heard else None for name, shape in zip(module.inner_points, shapes)]
 
 
 def tell(module, made: list[Tensor | None]) -> None:
@@ -40,7 +41,7 @@ def norm_serves(norm, x: Tensor, heard: bool) -> bool:
     """In one operation instead of eight."""
     if gpu.serves(x, norm.weight):
         return not heard
-    return plain(x, norm.weight) and not (heard and norm.edited(*norm.inner_points))
+    return plain(x, norm.weight) and norm.weight.is_contiguous() and not (heard and norm.edited(*norm.inner_points))
 
 
 def norm(norm, x: Tensor, heard: bool) -> Tensor:
@@ -105,7 +106,7 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
         return rows.product(x.reshape(n, -1), weight, bias).view(*x.shape[:-1], -1)
     if n <= ROWS and plain(x, weight) and weight.is_contiguous():
-        return cpu.linear(x.contiguous(), weight, bias)
+        return cpu.linear(x.contiguous(), weight, None if bias is None else bias.contiguous())
     if n <= FEW and narrow_serves(x, weight):
         y = cpu.bf16_product(x.reshape(n, -1), weight).view(*x.shape[:-1], -1)
         return (y if bias is None else y + bias).to(x.dtype)
@@ -124,7 +125,7 @@ def by_hand(x: Tensor) -> bool:
 
 def plain(*tensors: Tensor) -> bool:
     """Float32 on the CPU, for C++: no gradient, compiler or mode (one that counts operations, say) is to follow."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or cpu.compiled() is None:
+    if torch.is_grad_enabled() or followed() or cpu.compiled() is None:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
@@ -253,10 +254,10 @@ def mix_serves(moe, x: Tensor, heard: bool) -> bool:
 
 def plain_experts(moe, x: Tensor) -> bool:
     """Of float32 numbers, for C++."""
-    up, down = moe.gate_up, moe.down
-    if up.packed or down.packed or not plain(x, up.weight, up.bias, down.weight, down.bias):
+    if moe.gate_up.packed or moe.down.packed:
         return False
-    return up.weight.is_contiguous() and down.weight.is_contiguous()
+    weights = moe.gate_up.weight, moe.gate_up.bias, moe.down.weight, moe.down.bias
+    return plain(x, *weights) and all(weight.is_contiguous() for weight in weights)
 
 
 def mix(moe, x: Tensor, indices: Tensor, weights: Tensor, heard: bool) -> Tensor:
