@@ -101,6 +101,8 @@ def _rounded(n: int) -> int:
 
 def _give_back(memory: mmap.mmap, size: int) -> None:
     """Keep it; what goes beyond `KEPT` goes back to the system, other sizes first. Other threads may do the same."""
+    if size > KEPT:
+        return
     _unused.setdefault(size, []).append(memory)
     for other in sorted(list(_unused), key=size.__eq__):
         while sum(n * len(several) for n, several in list(_unused.items())) > KEPT:
