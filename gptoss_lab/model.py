@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from einops import einsum, rearrange, repeat
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
 from . import fast, mxfp4
 from .config import Config
@@ -209,7 +208,8 @@ class MoE(Hooked):
     def as_built(self) -> bool:
         """Are both layers Experts that nobody hooked or patched?"""
         untouched = lambda layer: type(layer) is Experts and not pytorch_hooks(layer) and "forward" not in vars(layer)
-        return untouched(self.gate_up) and untouched(self.down) and not _has_any_global_hook()
+        everywhere = nn.modules.module._global_forward_hooks or nn.modules.module._global_forward_pre_hooks
+        return untouched(self.gate_up) and untouched(self.down) and not everywhere
 
     def mix(self, x: Tensor, indices: Tensor, weights: Tensor) -> Tensor:
         """x [b s d], indices and weights [b s k] -> [b s d]"""
