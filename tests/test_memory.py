@@ -1,6 +1,5 @@
 """Room for large recorded values: each is its own while it lives, and serves another when it is gone."""
 import gc
-import resource
 
 import pytest
 import torch
@@ -8,6 +7,7 @@ from models import random_model, random_tokens, tiny_config
 
 from gptoss_lab import edit, memory, record
 
+resource = pytest.importorskip("resource")
 pytestmark = pytest.mark.skipif(not hasattr(memory.mmap, "MADV_HUGEPAGE"), reason="only Linux has large pages to ask for")
 
 
