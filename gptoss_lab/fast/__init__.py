@@ -37,22 +37,22 @@ def lookup(weight: Tensor, tokens: Tensor) -> Tensor:
     return F.embedding(tokens.to(weight.device), weight).to(tokens.device)
 
 
-def norm_serves(norm, x: Tensor, heard: bool) -> bool:
+def norm_serves(layer, x: Tensor, heard: bool) -> bool:
     """In one operation instead of eight."""
-    if gpu.serves(x, norm.weight):
+    if gpu.serves(x, layer.weight):
         return not heard
-    return plain(x, norm.weight) and norm.weight.is_contiguous() and not (heard and norm.edited(*norm.inner_points))
+    return plain(x, layer.weight) and layer.weight.is_contiguous() and not (heard and layer.edited(*layer.inner_points))
 
 
-def norm(norm, x: Tensor, heard: bool) -> Tensor:
+def norm(layer, x: Tensor, heard: bool) -> Tensor:
     """RMSNorm.   [.. d] -> [.. d]"""
-    if gpu.serves(x, norm.weight):
+    if gpu.serves(x, layer.weight):
         from .gpu import rows
 
-        return rows.rms_norm(x, norm.weight, norm.eps, x.dtype)
-    made = made_for(norm, x, [(*x.shape[:-1], 1), x.shape]) if heard else (None, None)
-    out = cpu.norm(x.contiguous(), norm.weight, norm.eps, *made)
-    tell(norm, made)
+        return rows.rms_norm(x, layer.weight, layer.eps, x.dtype)
+    made = made_for(layer, x, [(*x.shape[:-1], 1), x.shape]) if heard else (None, None)
+    out = cpu.norm(x.contiguous(), layer.weight, layer.eps, *made)
+    tell(layer, made)
     return out
 
 
@@ -124,7 +124,7 @@ def by_hand(x: Tensor) -> bool:
 
 
 def plain(*tensors: Tensor) -> bool:
-    """Float32 on the CPU, for C++: no gradient, compiler or mode (one that counts operations, say) is to follow."""
+    """Float32 on the CPU, for C++: no gradient, compiler, transform or mode (one that counts, say) is to follow."""
     if torch.is_grad_enabled() or followed() or cpu.compiled() is None:
         return False
     if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
