@@ -329,6 +329,21 @@ def test_reading_every_value_changes_no_bit_of_the_logits_and_gives_the_numbers_
 
 @needs_compiler
 @torch.no_grad()
+def test_parts_and_several_records_of_what_is_made_inside_have_numbers_of_their_own():
+    lab, tokens = random_model(tiny_config(), dtype=torch.float32), random_tokens(tiny_config(), 2, 30)
+    inner = "*.hook_pattern", "*.hook_post", "*.hook_normalized"
+    with record(lab, *inner) as one, record(lab, *inner) as two, record(lab, *inner, pos_slice=-1) as last:
+        lab(tokens)
+    for name, x in one.items():
+        assert torch.equal(x, two[name]) and x.untyped_storage().data_ptr() != two[name].untyped_storage().data_ptr()
+        assert torch.equal(last[name], x.narrow(lab.hook_points[name].axis("s"), 29, 1))
+    with record(lab, *inner, pos_slice=-1) as last:
+        lab(tokens)
+    assert all(torch.equal(x, one[name].narrow(lab.hook_points[name].axis("s"), 29, 1)) for name, x in last.items())
+
+
+@needs_compiler
+@torch.no_grad()
 @pytest.mark.parametrize("length", [3, 120])
 @pytest.mark.parametrize("end", ["", "bias"])  # of all weights, and with matrices that C++ takes
 def test_weights_that_are_views_of_others_are_read_as_they_are(end, length):
