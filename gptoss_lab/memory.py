@@ -59,7 +59,7 @@ def room(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     and begins as pages of 2 MiB where the system has them.
     """
     n = like.itemsize * math.prod(shape)
-    if n < SMALL or not like.is_cpu or type(like) is not Tensor or followed() or not hasattr(mmap, "MADV_HUGEPAGE"):
+    if n < SMALL or not like.is_cpu or type(like) is not Tensor or not hasattr(mmap, "MADV_HUGEPAGE"):
         return like.new_empty(shape)
     size = _rounded(n)
     try:

@@ -61,6 +61,7 @@ def test_a_size_that_is_no_longer_asked_for_makes_way(monkeypatch):
         new = memory.room(torch.zeros(()), (2**21,))  # of 8 MiB
         place = new.data_ptr()
         del new
+        assert len(memory._unused[2**23]) == 1 and len(memory._unused[2**21]) == 4
     assert memory.room(torch.zeros(()), (2**21,)).data_ptr() == place
     assert sum(size * len(some) for size, some in memory._unused.items()) <= memory.KEPT
 
